@@ -1,0 +1,68 @@
+//! An event: one row of `outboxes`, as a claim reads it, and what became of it.
+//!
+//! Plain data that travels between the threads. The payload is read once from the row and written once to
+//! the socket; nothing in between looks into it.
+
+use uuid::Uuid;
+
+/// One pending row of `outboxes`, read under the lock of its lane.
+#[derive(Debug)]
+pub struct Event {
+    /// `outboxes.id`; goes out as `Nats-Msg-Id`.
+    pub id: Uuid,
+    /// `outboxes.seq`: the order of events within a key.
+    pub seq: i64,
+    /// `outboxes.created_at` in microseconds since 2000-01-01 UTC, PostgreSQL's own representation:
+    /// exact, and total over everything a row can hold (`-infinity` and `infinity` are the extremes of i64).
+    pub created_at: i64,
+    /// `outboxes.topic`: what the row says; the topic map makes a subject of it.
+    pub topic: String,
+    /// The ordering key: `metadata->>'ordering-key'`, else the topic (or what `migrate --order` chose).
+    pub key: String,
+    /// The lane of the key, 0 to 63.
+    pub lane: i32,
+    /// `outboxes.metadata` as JSON text; `None` for SQL NULL.
+    pub metadata: Option<String>,
+    /// `outboxes.payload` as JSON text, byte for byte as PostgreSQL prints it.
+    pub payload: String,
+    /// Attempts that NATS judged so far.
+    pub attempts: u32,
+    /// True for an event in retry: `next_attempt_at` is set.
+    pub in_retry: bool,
+}
+
+impl Event {
+    /// Bytes this event holds in memory, for the limit on what claims may hold together.
+    pub fn size(&self) -> usize {
+        size_of::<Event>()
+            + self.topic.len()
+            + self.key.len()
+            + self.metadata.as_ref().map_or(0, String::len)
+            + self.payload.len()
+    }
+}
+
+/// What publishing made of one event of a claim; settling writes it to the row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Stored in the stream (or, over core NATS, received by the server).
+    Published,
+    /// NATS, or we for it, judged the event; it is tried again after `delay_ms` milliseconds.
+    Retry {
+        /// Attempts including this one.
+        attempts: u32,
+        /// Milliseconds until the next attempt, counted by the database's clock from the settle.
+        delay_ms: i64,
+        /// Why, in words that say what to do; becomes `last_error`.
+        error: String,
+    },
+    /// The event will not be tried again: a dead letter.
+    Dead {
+        /// Attempts including this one.
+        attempts: u32,
+        /// Why, in words that say what to do; becomes `last_error`.
+        error: String,
+    },
+    /// Not attempted, or not judged: the row stays as it is.
+    Untouched,
+}

@@ -1,0 +1,4 @@
+//! pg-outbox: publishes the events of a PostgreSQL outbox table to NATS.
+pub mod config;
+pub mod event;
+pub mod topic_map;

@@ -1,0 +1,2 @@
+//! flags to a command, result to an exit code
+fn main() {}

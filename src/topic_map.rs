@@ -1,0 +1,4 @@
+//! Topic to subject.
+/// The map.
+#[derive(Debug, Clone, Default)]
+pub struct TopicMap;
