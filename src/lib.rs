@@ -2,4 +2,5 @@
 pub mod config;
 pub mod event;
 pub mod health;
+pub mod metrics;
 pub mod topic_map;

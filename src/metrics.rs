@@ -1,0 +1,608 @@
+//! What this process counts and measures, in Prometheus' terms.
+//!
+//! The only file that names the `prometheus` crate. Threads call methods in the words of the design; each is
+//! a few atomic operations on counters that are held here, never a look-up by label. The registry is our own,
+//! so that two services in one process do not mix. Every series exists from the start with 0: an alert on
+//! `increase(outbox_dead_letters_total[5m])` would miss the first dead letter of a series that begins with
+//! it. Units are base units (seconds, bytes); no label has values that can grow without bound. Nothing here
+//! asks PostgreSQL or NATS: gauges are what other threads last said, and only the process's own are read at a
+//! scrape.
+
+use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prometheus::core::Collector;
+use prometheus::{
+    Counter, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+use rustix::param::{clock_ticks_per_second, page_size};
+use rustix::process::{Resource, getrlimit};
+use rustix::time::{ClockId, clock_gettime};
+
+/// All metrics of one service. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Metrics(Arc<Series>);
+
+/// The backlog, as the janitor last measured it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Backlog {
+    /// Events not yet published and not dead, those in retry included.
+    pub pending: u64,
+    /// Events in retry.
+    pub retrying: u64,
+    /// Dead letters.
+    pub dead: u64,
+    /// Age of the oldest pending event; zero if there is none.
+    pub lag: Duration,
+}
+
+/// The figures of the status page.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Totals {
+    /// Events published since the start.
+    pub published: u64,
+    /// Attempts that ended in a rejection since the start.
+    pub failed: u64,
+    /// Events that became dead letters since the start.
+    pub dead_letters: u64,
+    /// Events pending, as last measured.
+    pub pending: u64,
+    /// Events in retry, as last measured.
+    pub retrying: u64,
+    /// Dead letters in the table, as last measured.
+    pub dead: u64,
+    /// Age of the oldest pending event in seconds, as last measured.
+    pub lag_seconds: f64,
+}
+
+impl Metrics {
+    /// Registers every metric, all at 0.
+    pub fn new() -> Metrics {
+        Metrics(Arc::new(Series::new()))
+    }
+
+    /// `events` were acked and are about to be settled, `duplicates` of them known to the stream already.
+    pub fn published(&self, events: u64, duplicates: u64) {
+        if events == 0 {
+            return;
+        }
+        self.0.published.inc_by(events);
+        self.0.attempts_published.inc_by(events.saturating_sub(duplicates));
+        self.0.attempts_duplicate.inc_by(duplicates);
+        self.0.last_publish.set(unix_seconds(SystemTime::now()));
+    }
+
+    /// `events` were rejected and will be tried again.
+    pub fn retried(&self, events: u64) {
+        self.0.failed.inc_by(events);
+        self.0.attempts_retried.inc_by(events);
+    }
+
+    /// `events` were rejected for the last time and became dead letters.
+    pub fn dead(&self, events: u64) {
+        self.0.failed.inc_by(events);
+        self.0.attempts_dead.inc_by(events);
+        self.0.dead_letters.inc_by(events);
+    }
+
+    /// `events` got no ack although NATS answers otherwise: no rejection yet, they will be tried again.
+    pub fn unanswered(&self, events: u64) {
+        self.0.attempts_unanswered.inc_by(events);
+    }
+
+    /// `events` went out with a header left out or changed.
+    pub fn headers_altered(&self, events: u64) {
+        self.0.headers_altered.inc_by(events);
+    }
+
+    /// A claim was read and holds `events`.
+    pub fn claimed(&self, events: usize) {
+        if events == 0 {
+            self.0.claims_empty.inc();
+            return;
+        }
+        self.0.claims_events.inc();
+        self.0.claim_events.observe(events as f64);
+    }
+
+    /// A claim could not be read.
+    pub fn claim_failed(&self) {
+        self.0.claims_error.inc();
+    }
+
+    /// Publishing a claim's events took this long, from the first one sent to the last answer.
+    pub fn publish_took(&self, took: Duration) {
+        self.0.publish_duration.observe(took.as_secs_f64());
+    }
+
+    /// Settling a claim took this long, the commit included.
+    pub fn settle_took(&self, took: Duration) {
+        self.0.settle_duration.observe(took.as_secs_f64());
+    }
+
+    /// A claim took this long from its read to its commit.
+    pub fn claim_took(&self, took: Duration) {
+        self.0.processing_duration.observe(took.as_secs_f64());
+    }
+
+    /// The backlog was measured.
+    pub fn backlog(&self, backlog: &Backlog) {
+        self.0.pending.set(gauge_value(backlog.pending));
+        self.0.retrying.set(gauge_value(backlog.retrying));
+        self.0.dead.set(gauge_value(backlog.dead));
+        self.0.lag.set(backlog.lag.as_secs_f64());
+    }
+
+    /// Connections of the pool: in use, idle, and how many it may have.
+    pub fn pool(&self, busy: u32, idle: u32, max: u32) {
+        self.0.pool_busy.set(i64::from(busy));
+        self.0.pool_idle.set(i64::from(idle));
+        self.0.pool_max.set(i64::from(max));
+    }
+
+    /// A connection to NATS was made.
+    pub fn nats_connected(&self) {
+        self.0.nats_connects.inc();
+        self.0.nats_connected.set(1);
+    }
+
+    /// The connection to NATS was lost or given up.
+    pub fn nats_disconnected(&self) {
+        self.0.nats_connected.set(0);
+    }
+
+    /// An outage began.
+    pub fn outage_began(&self) {
+        self.0.outages.inc();
+        self.0.outage.set(1);
+    }
+
+    /// The outage ended.
+    pub fn outage_ended(&self) {
+        self.0.outage.set(0);
+    }
+
+    /// PostgreSQL refused a statement or a connection, or a connection broke.
+    pub fn postgres_error(&self) {
+        self.0.postgres_errors.inc();
+    }
+
+    /// The figures of the status page.
+    pub fn totals(&self) -> Totals {
+        let count = |gauge: &IntGauge| u64::try_from(gauge.get()).unwrap_or(0);
+        Totals {
+            published: self.0.published.get(),
+            failed: self.0.failed.get(),
+            dead_letters: self.0.dead_letters.get(),
+            pending: count(&self.0.pending),
+            retrying: count(&self.0.retrying),
+            dead: count(&self.0.dead),
+            lag_seconds: self.0.lag.get(),
+        }
+    }
+
+    /// Everything in Prometheus' text format, version 0.0.4.
+    pub fn render(&self) -> String {
+        self.0.process.refresh();
+        TextEncoder::new()
+            .encode_to_string(&self.0.registry.gather())
+            .expect("encoding fails only for a metric without a name or samples, and all of ours have both")
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        Metrics::new()
+    }
+}
+
+/// Upper bounds of the duration histograms, in seconds. An ack within one data centre takes about 1 ms, a
+/// claim of 100 pipelined events some milliseconds, a replicated stream on slow disks 10 to 100 ms; the
+/// budget of a claim and the ack timeout are 5 s each by default, so that 10 s holds what is still in order
+/// and everything above it is a configured longer wait.
+const SECONDS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+/// Upper bounds of a claim's events: 1-2-5 steps around the default batch size of 100, so that "claims come
+/// back full" shows.
+const EVENTS: [f64; 13] =
+    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 99.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0];
+
+#[derive(Debug)]
+struct Series {
+    registry: Registry,
+    published: IntCounter,
+    failed: IntCounter,
+    attempts_published: IntCounter,
+    attempts_duplicate: IntCounter,
+    attempts_retried: IntCounter,
+    attempts_dead: IntCounter,
+    attempts_unanswered: IntCounter,
+    dead_letters: IntCounter,
+    headers_altered: IntCounter,
+    last_publish: Gauge,
+    claims_events: IntCounter,
+    claims_empty: IntCounter,
+    claims_error: IntCounter,
+    claim_events: Histogram,
+    publish_duration: Histogram,
+    settle_duration: Histogram,
+    processing_duration: Histogram,
+    pending: IntGauge,
+    retrying: IntGauge,
+    dead: IntGauge,
+    lag: Gauge,
+    pool_busy: IntGauge,
+    pool_idle: IntGauge,
+    pool_max: IntGauge,
+    nats_connected: IntGauge,
+    nats_connects: IntCounter,
+    outage: IntGauge,
+    outages: IntCounter,
+    postgres_errors: IntCounter,
+    process: Process,
+}
+
+impl Series {
+    fn new() -> Series {
+        let registry = Registry::new();
+        let r = &registry;
+        let attempts = counters(r, "outbox_attempts_total", ATTEMPTS_HELP, "outcome");
+        let claims = counters(r, "outbox_claims_total", CLAIMS_HELP, "result");
+        let pool =
+            gauges(r, "outbox_pool_connections", "Connections of the PostgreSQL pool, by state.", "state");
+        let build = gauges(r, "outbox_build_info", "Always 1; the label is the running version.", "version");
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Series {
+            published: counter(
+                r,
+                "outbox_events_published_total",
+                "Events acked by NATS, duplicates included.",
+            ),
+            failed: counter(r, "outbox_events_failed_total", "Attempts that ended in a rejection."),
+            attempts_published: attempts.with_label_values(&["published"]),
+            attempts_duplicate: attempts.with_label_values(&["duplicate"]),
+            attempts_retried: attempts.with_label_values(&["retried"]),
+            attempts_dead: attempts.with_label_values(&["dead"]),
+            attempts_unanswered: attempts.with_label_values(&["unanswered"]),
+            dead_letters: counter(r, "outbox_dead_letters_total", "Events that became dead letters."),
+            headers_altered: counter(r, "outbox_headers_altered_total", HEADERS_HELP),
+            last_publish: gauge(r, "outbox_last_publish_timestamp_seconds", LAST_PUBLISH_HELP),
+            claims_events: claims.with_label_values(&["events"]),
+            claims_empty: claims.with_label_values(&["empty"]),
+            claims_error: claims.with_label_values(&["error"]),
+            claim_events: histogram(r, "outbox_claim_events", "Events of a claim that held any.", &EVENTS),
+            publish_duration: histogram(r, "outbox_publish_duration_seconds", PUBLISH_HELP, &SECONDS),
+            settle_duration: histogram(r, "outbox_settle_duration_seconds", SETTLE_HELP, &SECONDS),
+            processing_duration: histogram(
+                r,
+                "outbox_batch_processing_duration_seconds",
+                CLAIM_HELP,
+                &SECONDS,
+            ),
+            pending: int_gauge(r, "outbox_pending_events", PENDING_HELP),
+            retrying: int_gauge(r, "outbox_retrying_events", "Events in retry, due or not."),
+            dead: int_gauge(r, "outbox_dead_events", "Dead letters in the table."),
+            lag: gauge(r, "outbox_lag_seconds", "Age of the oldest pending event; 0 if none is pending."),
+            pool_busy: pool.with_label_values(&["busy"]),
+            pool_idle: pool.with_label_values(&["idle"]),
+            pool_max: int_gauge(
+                r,
+                "outbox_pool_max_connections",
+                "Connections the PostgreSQL pool may have.",
+            ),
+            nats_connected: int_gauge(r, "outbox_nats_connected", "1 while connected to NATS, else 0."),
+            nats_connects: counter(
+                r,
+                "outbox_nats_connects_total",
+                "Connections made to NATS, the first included.",
+            ),
+            outage: int_gauge(r, "outbox_outage", "1 while NATS cannot judge events, else 0."),
+            outages: counter(r, "outbox_outages_total", "Outages that began."),
+            postgres_errors: counter(r, "outbox_postgres_errors_total", POSTGRES_HELP),
+            process: Process::new(r),
+            registry,
+        }
+    }
+}
+
+const ATTEMPTS_HELP: &str = "Attempts to publish an event, by outcome: published, duplicate (acked, but the \
+    stream had it), retried and dead (rejected), unanswered (no ack though NATS answers otherwise).";
+const CLAIMS_HELP: &str = "Claims, by what their read found: events, empty (nothing to do), error.";
+const HEADERS_HELP: &str = "Events published with a header of their metadata left out or changed.";
+const LAST_PUBLISH_HELP: &str = "Unix time of the last ack; 0 if there was none since the start.";
+const PUBLISH_HELP: &str = "Time to publish a claim's events, from the first one sent to the last answer.";
+const SETTLE_HELP: &str = "Time to settle a claim: write its outcomes and commit.";
+const CLAIM_HELP: &str = "Time a claim is held, from its read to its commit.";
+const PENDING_HELP: &str =
+    "Events neither published nor dead, as last measured; an estimate when there are many.";
+const POSTGRES_HELP: &str = "Statements and connections that PostgreSQL refused, and connections that broke.";
+
+/// The process's own figures, under the names that every Prometheus client library uses.
+#[derive(Debug)]
+struct Process {
+    /// CPU seconds already counted. The lock keeps two scrapes at once from counting the same second twice.
+    counted: Mutex<f64>,
+    cpu: Counter,
+    resident: IntGauge,
+    open_fds: IntGauge,
+    threads: IntGauge,
+}
+
+impl Process {
+    fn new(registry: &Registry) -> Process {
+        let start = gauge(registry, "process_start_time_seconds", "Unix time at which the process started.");
+        start.set(process_start().unwrap_or_else(|| unix_seconds(SystemTime::now())));
+        let max_fds = int_gauge(registry, "process_max_fds", "Limit on open file descriptors.");
+        max_fds.set(getrlimit(Resource::Nofile).current.map_or(i64::MAX, gauge_value));
+        let cpu = Counter::new("process_cpu_seconds_total", "User and system CPU time spent, in seconds.");
+        Process {
+            counted: Mutex::new(0.0),
+            cpu: register(registry, cpu),
+            resident: int_gauge(registry, "process_resident_memory_bytes", "Resident memory, in bytes."),
+            open_fds: int_gauge(registry, "process_open_fds", "Open file descriptors."),
+            threads: int_gauge(registry, "process_threads", "Threads of the process."),
+        }
+    }
+
+    /// Reads the figures. What cannot be read keeps its last value: /proc may be hidden from us.
+    fn refresh(&self) {
+        let cpu = clock_gettime(ClockId::ProcessCPUTime);
+        let cpu = cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9;
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        self.cpu.inc_by((cpu - *counted).max(0.0));
+        *counted = cpu;
+        if let Some(pages) = stat_field(RSS) {
+            self.resident.set(gauge_value(pages.saturating_mul(page_size() as u64)));
+        }
+        if let Some(threads) = stat_field(NUM_THREADS) {
+            self.threads.set(gauge_value(threads));
+        }
+        if let Ok(fds) = fs::read_dir("/proc/self/fd") {
+            // The directory being read is itself one of them.
+            self.open_fds.set(gauge_value(fds.count().saturating_sub(1) as u64));
+        }
+    }
+}
+
+/// Fields of /proc/self/stat, numbered as in proc(5).
+const NUM_THREADS: usize = 20;
+const START_TIME: usize = 22;
+const RSS: usize = 24;
+
+fn stat_field(number: usize) -> Option<u64> {
+    parse_stat_field(&fs::read_to_string("/proc/self/stat").ok()?, number)
+}
+
+/// The command, field 2, stands in parentheses and may hold blanks and parentheses itself: count from its
+/// end.
+fn parse_stat_field(stat: &str, number: usize) -> Option<u64> {
+    let (_, after_command) = stat.rsplit_once(')')?;
+    after_command.split_ascii_whitespace().nth(number - 3)?.parse().ok()
+}
+
+/// Unix time at which this process started. The start is told as ticks since boot; /proc/stat, which has the
+/// time of the boot, is hidden under `ProcSubset=pid`, so it is reckoned back from now.
+fn process_start() -> Option<f64> {
+    let since_boot = clock_gettime(ClockId::Boottime);
+    let since_boot = since_boot.tv_sec as f64 + since_boot.tv_nsec as f64 / 1e9;
+    let started = stat_field(START_TIME)? as f64 / clock_ticks_per_second() as f64;
+    Some(unix_seconds(SystemTime::now()) - (since_boot - started))
+}
+
+fn unix_seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+fn gauge_value(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
+    let metric = metric.expect("names, labels and buckets are constants that a test registers");
+    registry.register(Box::new(metric.clone())).expect("each name is registered once, as a test shows");
+    metric
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    register(registry, IntCounter::new(name, help))
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {
+    register(registry, IntCounterVec::new(Opts::new(name, help), &[label]))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> Gauge {
+    register(registry, Gauge::new(name, help))
+}
+
+fn int_gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::new(name, help))
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, label: &str) -> IntGaugeVec {
+    register(registry, IntGaugeVec::new(Opts::new(name, help), &[label]))
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+    register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The value of `series` (name and labels) in the rendered text.
+    fn value(metrics: &Metrics, series: &str) -> f64 {
+        let text = metrics.render();
+        let line = text.lines().find(|line| line.rsplit_once(' ').is_some_and(|(name, _)| name == series));
+        line.unwrap_or_else(|| panic!("no {series} in:\n{text}")).rsplit_once(' ').unwrap().1.parse().unwrap()
+    }
+
+    #[test]
+    fn every_series_exists_from_the_start_with_0() {
+        let metrics = Metrics::new();
+        for series in [
+            "outbox_events_published_total",
+            "outbox_events_failed_total",
+            "outbox_batch_processing_duration_seconds_count",
+            "outbox_pending_events",
+            "outbox_lag_seconds",
+            "outbox_attempts_total{outcome=\"published\"}",
+            "outbox_attempts_total{outcome=\"duplicate\"}",
+            "outbox_attempts_total{outcome=\"retried\"}",
+            "outbox_attempts_total{outcome=\"dead\"}",
+            "outbox_attempts_total{outcome=\"unanswered\"}",
+            "outbox_publish_duration_seconds_count",
+            "outbox_settle_duration_seconds_count",
+            "outbox_claims_total{result=\"events\"}",
+            "outbox_claims_total{result=\"empty\"}",
+            "outbox_claims_total{result=\"error\"}",
+            "outbox_claim_events_count",
+            "outbox_retrying_events",
+            "outbox_dead_events",
+            "outbox_dead_letters_total",
+            "outbox_headers_altered_total",
+            "outbox_pool_connections{state=\"busy\"}",
+            "outbox_pool_connections{state=\"idle\"}",
+            "outbox_pool_max_connections",
+            "outbox_nats_connected",
+            "outbox_nats_connects_total",
+            "outbox_outage",
+            "outbox_outages_total",
+            "outbox_postgres_errors_total",
+            "outbox_last_publish_timestamp_seconds",
+        ] {
+            assert_eq!(value(&metrics, series), 0.0, "{series}");
+        }
+        assert_eq!(
+            value(&metrics, concat!("outbox_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}")),
+            1.0
+        );
+    }
+
+    #[test]
+    fn an_attempt_is_counted_under_one_outcome() {
+        let metrics = Metrics::new();
+        metrics.published(10, 3);
+        metrics.published(0, 0);
+        metrics.retried(4);
+        metrics.dead(2);
+        metrics.unanswered(1);
+        for (series, expected) in [
+            ("outbox_events_published_total", 10.0),
+            ("outbox_events_failed_total", 6.0),
+            ("outbox_dead_letters_total", 2.0),
+            ("outbox_attempts_total{outcome=\"published\"}", 7.0),
+            ("outbox_attempts_total{outcome=\"duplicate\"}", 3.0),
+            ("outbox_attempts_total{outcome=\"retried\"}", 4.0),
+            ("outbox_attempts_total{outcome=\"dead\"}", 2.0),
+            ("outbox_attempts_total{outcome=\"unanswered\"}", 1.0),
+        ] {
+            assert_eq!(value(&metrics, series), expected, "{series}");
+        }
+        let now = unix_seconds(SystemTime::now());
+        assert!((value(&metrics, "outbox_last_publish_timestamp_seconds") - now).abs() < 60.0);
+    }
+
+    #[test]
+    fn gauges_say_what_was_last_told() {
+        let metrics = Metrics::new();
+        metrics.backlog(&Backlog { pending: 7, retrying: 2, dead: 1, lag: Duration::from_millis(1500) });
+        metrics.pool(3, 4, 20);
+        metrics.nats_connected();
+        metrics.nats_disconnected();
+        metrics.nats_connected();
+        metrics.outage_began();
+        for (series, expected) in [
+            ("outbox_pending_events", 7.0),
+            ("outbox_retrying_events", 2.0),
+            ("outbox_dead_events", 1.0),
+            ("outbox_lag_seconds", 1.5),
+            ("outbox_pool_connections{state=\"busy\"}", 3.0),
+            ("outbox_pool_connections{state=\"idle\"}", 4.0),
+            ("outbox_pool_max_connections", 20.0),
+            ("outbox_nats_connected", 1.0),
+            ("outbox_nats_connects_total", 2.0),
+            ("outbox_outage", 1.0),
+        ] {
+            assert_eq!(value(&metrics, series), expected, "{series}");
+        }
+        metrics.outage_ended();
+        metrics.backlog(&Backlog::default());
+        assert_eq!(value(&metrics, "outbox_outage"), 0.0);
+        assert_eq!(value(&metrics, "outbox_outages_total"), 1.0);
+        assert_eq!(metrics.totals().pending, 0);
+    }
+
+    #[test]
+    fn claims_and_their_durations_are_histograms() {
+        let metrics = Metrics::new();
+        metrics.claimed(0);
+        metrics.claimed(100);
+        metrics.claimed(99);
+        metrics.claim_failed();
+        metrics.publish_took(Duration::from_millis(4));
+        metrics.settle_took(Duration::from_millis(2));
+        metrics.claim_took(Duration::from_millis(20));
+        metrics.postgres_error();
+        metrics.headers_altered(5);
+        for (series, expected) in [
+            ("outbox_claims_total{result=\"empty\"}", 1.0),
+            ("outbox_claims_total{result=\"events\"}", 2.0),
+            ("outbox_claims_total{result=\"error\"}", 1.0),
+            ("outbox_claim_events_sum", 199.0),
+            ("outbox_claim_events_bucket{le=\"99\"}", 1.0),
+            ("outbox_publish_duration_seconds_bucket{le=\"0.0025\"}", 0.0),
+            ("outbox_publish_duration_seconds_bucket{le=\"0.005\"}", 1.0),
+            ("outbox_settle_duration_seconds_sum", 0.002),
+            ("outbox_batch_processing_duration_seconds_bucket{le=\"+Inf\"}", 1.0),
+            ("outbox_postgres_errors_total", 1.0),
+            ("outbox_headers_altered_total", 5.0),
+        ] {
+            assert_eq!(value(&metrics, series), expected, "{series}");
+        }
+    }
+
+    #[test]
+    fn the_process_figures_are_real() {
+        let metrics = Metrics::new();
+        let before = value(&metrics, "process_cpu_seconds_total");
+        let mut sum = 0_u64;
+        while value(&metrics, "process_cpu_seconds_total") < before + 0.02 {
+            sum = std::hint::black_box(sum.wrapping_add(1));
+        }
+        assert!(value(&metrics, "process_resident_memory_bytes") > 100_000.0);
+        assert!(value(&metrics, "process_open_fds") >= 3.0);
+        assert!(value(&metrics, "process_max_fds") >= 3.0);
+        assert!(value(&metrics, "process_threads") >= 2.0);
+        let age = unix_seconds(SystemTime::now()) - value(&metrics, "process_start_time_seconds");
+        assert!((-1.0..86_400.0).contains(&age), "started {age}s ago");
+    }
+
+    #[test]
+    fn a_command_with_blanks_and_parentheses_does_not_shift_the_fields() {
+        let stat =
+            "12 (a) b (c) S 1 12 12 0 -1 4194304 1 0 0 0 5 6 0 0 20 0 9 0 777 1000 42 18446744073709551615";
+        assert_eq!(parse_stat_field(stat, NUM_THREADS), Some(9));
+        assert_eq!(parse_stat_field(stat, START_TIME), Some(777));
+        assert_eq!(parse_stat_field(stat, RSS), Some(42));
+        assert_eq!(parse_stat_field("nonsense", RSS), None);
+    }
+
+    #[test]
+    fn help_and_type_stand_before_every_metric() {
+        let text = Metrics::new().render();
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let name = line.split(['{', ' ']).next().unwrap();
+            let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+            let family = family.unwrap_or(name);
+            let described = |name: &str| {
+                text.contains(&format!("# HELP {name} ")) && text.contains(&format!("# TYPE {name} "))
+            };
+            assert!(described(name) || described(family), "{line}");
+        }
+    }
+}
