@@ -2,5 +2,6 @@
 pub mod config;
 pub mod event;
 pub mod health;
+pub mod logging;
 pub mod metrics;
 pub mod topic_map;
