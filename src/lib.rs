@@ -4,4 +4,5 @@ pub mod event;
 pub mod health;
 pub mod logging;
 pub mod metrics;
+pub mod systemd;
 pub mod topic_map;
