@@ -2,6 +2,7 @@
 pub mod config;
 pub mod event;
 pub mod health;
+pub mod http;
 pub mod logging;
 pub mod metrics;
 pub mod systemd;
