@@ -6,4 +6,6 @@ pub mod http;
 pub mod logging;
 pub mod metrics;
 pub mod systemd;
+pub mod headers;
+pub mod retry;
 pub mod topic_map;
