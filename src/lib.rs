@@ -8,4 +8,5 @@ pub mod metrics;
 pub mod systemd;
 pub mod headers;
 pub mod retry;
+pub mod sandbox;
 pub mod topic_map;
