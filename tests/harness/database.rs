@@ -1,0 +1,168 @@
+//! A database of one's own, with the schema in it.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use pg_outbox::sandbox::{Postgres, PostgresOptions};
+use postgres::{Client, NoTls};
+
+use super::{Evidence, unique};
+
+/// The database that new ones are copied from.
+const TEMPLATE: &str = "outbox_template";
+/// Rows that the evidence of a database shows.
+const EVIDENCE_ROWS: usize = 20;
+
+/// The PostgreSQL that all tests share. It is never stopped or paused.
+pub fn shared_postgres() -> &'static Postgres {
+    static POSTGRES: OnceLock<Postgres> = OnceLock::new();
+    POSTGRES.get_or_init(|| {
+        let postgres = start_postgres();
+        postgres.create_database(TEMPLATE).unwrap();
+        migrate(&postgres, TEMPLATE);
+        postgres
+    })
+}
+
+/// A private PostgreSQL, for tests that stop or pause it. Without fsync: they crash processes, not the machine.
+pub fn start_postgres() -> Postgres {
+    let options = PostgresOptions { fsync: false, ..PostgresOptions::default() };
+    Postgres::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// A database of one's own on the shared server.
+pub fn database() -> TestDb {
+    let name = unique("test_");
+    let postgres = shared_postgres();
+    let mut admin = Client::connect(&postgres.dsn("postgres"), NoTls).unwrap();
+    admin.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).unwrap();
+    TestDb { dsn: postgres.dsn(&name), name }
+}
+
+/// A database with the schema in it.
+pub struct TestDb {
+    /// Connection string, as a URL.
+    pub dsn: String,
+    /// Name of the database.
+    pub name: String,
+}
+
+impl TestDb {
+    /// Makes a database on a private server.
+    pub fn on(postgres: &Postgres) -> TestDb {
+        let db = TestDb::without_schema(postgres);
+        migrate(postgres, &db.name);
+        db
+    }
+
+    /// Makes a database on any server, without the schema.
+    pub fn without_schema(postgres: &Postgres) -> TestDb {
+        let name = unique("test_");
+        postgres.create_database(&name).unwrap();
+        TestDb { dsn: postgres.dsn(&name), name }
+    }
+
+    /// A new connection.
+    pub fn client(&self) -> Client {
+        Client::connect(&self.dsn, NoTls)
+            .unwrap_or_else(|error| panic!("connect to {}: {error:?}", self.name))
+    }
+
+    /// Runs statements.
+    pub fn execute(&self, sql: &str) {
+        self.client().batch_execute(sql).unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+
+    /// The one number that a query answers.
+    pub fn number(&self, query: &str) -> i64 {
+        let row = self.client().query_one(query, &[]).unwrap_or_else(|error| panic!("{query}: {error:?}"));
+        row.get(0)
+    }
+
+    /// Inserts one event and returns its seq. Its payload is JSON text.
+    pub fn event(&self, topic: &str, key: &str, payload: &str) -> i64 {
+        let metadata = serde_json::json!({"ordering-key": key}).to_string();
+        self.event_with(topic, &metadata, payload)
+    }
+
+    /// Inserts one event with this metadata (JSON text) and returns its seq.
+    pub fn event_with(&self, topic: &str, metadata: &str, payload: &str) -> i64 {
+        let insert = "INSERT INTO outboxes (topic, metadata, payload)
+                      VALUES ($1, $2::text::jsonb, $3::text::jsonb) RETURNING seq";
+        let row = self.client().query_one(insert, &[&topic, &metadata, &payload]).unwrap();
+        row.get(0)
+    }
+
+    /// Inserts `count` events of one topic over `keys` keys (`k0`, `k1`, ...), with one statement.
+    pub fn events(&self, topic: &str, count: i64, keys: i64) {
+        let insert = "INSERT INTO outboxes (topic, metadata, payload)
+                      SELECT $1, jsonb_build_object('ordering-key', 'k' || n % $3::int8), jsonb_build_object('n', n)
+                      FROM generate_series(1, $2::int8) n";
+        self.client().execute(insert, &[&topic, &count, &keys]).unwrap();
+    }
+
+    /// How many events wait: neither published nor dead.
+    pub fn pending(&self) -> i64 {
+        self.number("SELECT count(*) FROM outboxes WHERE published_at IS NULL AND dead_at IS NULL")
+    }
+
+    /// How many events are published.
+    pub fn published(&self) -> i64 {
+        self.number("SELECT count(*) FROM outboxes WHERE published_at IS NOT NULL")
+    }
+
+    /// How many events are dead letters.
+    pub fn dead(&self) -> i64 {
+        self.number("SELECT count(*) FROM outboxes WHERE dead_at IS NOT NULL")
+    }
+}
+
+impl Evidence for TestDb {
+    fn evidence(&self) -> String {
+        let Ok(mut client) = Client::connect(&self.dsn, NoTls) else {
+            return format!("--- database {}: no connection", self.name);
+        };
+        let counts = client
+            .query_one(
+                "SELECT count(*) FILTER (WHERE published_at IS NULL AND dead_at IS NULL),
+                        count(*) FILTER (WHERE published_at IS NOT NULL), count(*) FILTER (WHERE dead_at IS NOT NULL)
+                 FROM outboxes",
+                &[],
+            )
+            .unwrap();
+        let (pending, published, dead): (i64, i64, i64) = (counts.get(0), counts.get(1), counts.get(2));
+        let mut text =
+            format!("--- outboxes of {}: pending={pending} published={published} dead={dead}", self.name);
+        let rows = client
+            .query(
+                "SELECT seq || ' ' || topic || ' attempts=' || attempts
+                        || coalesce(' next_attempt_at=' || next_attempt_at, '')
+                        || coalesce(' dead_at=' || dead_at, '') || coalesce(' last_error=' || last_error, '')
+                 FROM outboxes WHERE published_at IS NULL ORDER BY seq LIMIT $1::int8",
+                &[&i64::try_from(EVIDENCE_ROWS).unwrap()],
+            )
+            .unwrap();
+        for row in rows {
+            let line: String = row.get(0);
+            write!(text, "\n  {line}").unwrap();
+        }
+        text
+    }
+}
+
+/// Applies the files of schema/ in their order, as an operator does with psql.
+fn migrate(postgres: &Postgres, database: &str) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
+        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "sql"))
+        .collect();
+    files.sort();
+    assert!(!files.is_empty(), "{}: no .sql files", folder.display());
+    for file in files {
+        let output = postgres.psql(database).arg("-f").arg(&file).output().unwrap();
+        assert!(output.status.success(), "{}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
+    }
+}

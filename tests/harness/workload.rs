@@ -1,0 +1,200 @@
+//! The workload: writers that insert events in concurrent transactions, and remember what they committed.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use postgres::{Client, NoTls};
+
+use super::{Committed, History};
+
+/// Events of one transaction at most.
+const MAX_EVENTS: usize = 5;
+/// Longest time a writer goes on trying to reach a database that is gone.
+const RECONNECT_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the writers do.
+#[derive(Debug, Clone)]
+pub struct Workload {
+    /// Threads, each with a connection of its own.
+    pub writers: usize,
+    /// Keys, chosen at random for each event.
+    pub keys: usize,
+    /// Events to commit, exactly (unless stopped earlier).
+    pub events: usize,
+    /// Of a hundred transactions, how many are rolled back.
+    pub rollback_percent: u8,
+    /// Topic of all events.
+    pub topic: String,
+    /// Pause of a writer after each transaction.
+    pub pause: Duration,
+}
+
+impl Default for Workload {
+    fn default() -> Workload {
+        Workload {
+            writers: 8,
+            keys: 300,
+            events: 5_000,
+            rollback_percent: 10,
+            topic: "order.placed".to_owned(),
+            pause: Duration::ZERO,
+        }
+    }
+}
+
+/// Runs the workload to its end.
+pub fn writers(dsn: &str, workload: &Workload) -> History {
+    let stop = AtomicBool::new(false);
+    writers_until(dsn, workload, &stop)
+}
+
+/// Runs the workload to its end, or until `stop` is set.
+///
+/// A key's events are numbered under a lock of the key that is held until its transaction has ended. So two
+/// transactions with a key in common never overlap, and the key's numbers, its seqs and its commits have one order.
+/// Writers outlive restarts of the database: a transaction whose COMMIT was not answered is looked up afterwards.
+pub fn writers_until(dsn: &str, workload: &Workload, stop: &AtomicBool) -> History {
+    let keys: Vec<Mutex<u64>> = (0..workload.keys).map(|_| Mutex::new(0)).collect();
+    let started = AtomicUsize::new(0);
+    let writer = Writer { dsn, workload, stop, keys: &keys, started: &started };
+    let mut history = History::default();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workload.writers).map(|_| scope.spawn(|| writer.run())).collect();
+        for thread in threads {
+            let part = thread.join().unwrap();
+            history.committed.extend(part.committed);
+            history.rolled_back += part.rolled_back;
+        }
+    });
+    history
+}
+
+#[derive(Clone, Copy)]
+struct Writer<'a> {
+    dsn: &'a str,
+    workload: &'a Workload,
+    stop: &'a AtomicBool,
+    keys: &'a [Mutex<u64>],
+    /// Events of transactions that were begun in order to commit, by all writers.
+    started: &'a AtomicUsize,
+}
+
+impl Writer<'_> {
+    fn run(self) -> History {
+        let mut history = History::default();
+        let mut client = connect(self.dsn);
+        while !self.stop.load(Ordering::Relaxed) {
+            let rollback = fastrand::u8(0..100) < self.workload.rollback_percent;
+            let mut count = fastrand::usize(1..=MAX_EVENTS);
+            if !rollback {
+                let before = self.started.fetch_add(count, Ordering::Relaxed);
+                if before >= self.workload.events {
+                    break;
+                }
+                count = count.min(self.workload.events - before);
+            }
+            self.transaction(&mut client, count, rollback, &mut history);
+            std::thread::sleep(self.workload.pause);
+        }
+        history
+    }
+
+    /// One transaction, tried again from its beginning until it ends as it should.
+    fn transaction(self, client: &mut Client, count: usize, rollback: bool, history: &mut History) {
+        let mut chosen: Vec<usize> = (0..count).map(|_| fastrand::usize(0..self.keys.len())).collect();
+        // Locks are taken in the order of the keys, so that no two writers wait for each other.
+        chosen.sort_unstable();
+        let mut locked = chosen.clone();
+        locked.dedup();
+        let mut counters: Vec<MutexGuard<'_, u64>> =
+            locked.iter().map(|key| self.keys[*key].lock().unwrap()).collect();
+        loop {
+            let mut numbers: Vec<u64> = counters.iter().map(|counter| **counter).collect();
+            let events: Vec<(String, u64)> = chosen
+                .iter()
+                .map(|key| {
+                    let place = locked.binary_search(key).unwrap();
+                    numbers[place] += 1;
+                    (format!("k{key}"), numbers[place])
+                })
+                .collect();
+            let attempt = self.attempt(client, &events, rollback);
+            let Ok(written) = attempt.or_else(|written| self.look_up(client, written)) else { continue };
+            if rollback {
+                history.rolled_back += written.len();
+            } else {
+                history.committed.extend(written);
+                for (counter, number) in counters.iter_mut().zip(numbers) {
+                    **counter = number;
+                }
+            }
+            return;
+        }
+    }
+
+    /// What was inserted; as an error if the end of the transaction is not known.
+    fn attempt(
+        self,
+        client: &mut Client,
+        events: &[(String, u64)],
+        rollback: bool,
+    ) -> Result<Vec<Committed>, Vec<Committed>> {
+        let mut written = Vec::new();
+        let insert = "INSERT INTO outboxes (topic, metadata, payload)
+                      VALUES ($1, jsonb_build_object('ordering-key', $2::text),
+                              jsonb_build_object('key', $2::text, 'n', $3::int8))
+                      RETURNING id::text, seq";
+        let end = |client: &mut Client, written: &mut Vec<Committed>| -> Result<(), postgres::Error> {
+            client.batch_execute("BEGIN")?;
+            for (key, n) in events {
+                let number = i64::try_from(*n).unwrap();
+                let row = client.query_one(insert, &[&self.workload.topic, key, &number])?;
+                written.push(Committed { id: row.get(0), seq: row.get(1), key: key.clone(), n: *n });
+            }
+            client.batch_execute(if rollback { "ROLLBACK" } else { "COMMIT" })
+        };
+        match end(client, &mut written) {
+            Ok(()) => Ok(written),
+            Err(error) if lost_connection(client, &error) => Err(written),
+            Err(error) => panic!("writer: {error:?}"),
+        }
+    }
+
+    /// After a lost connection: `Ok` with what the transaction wrote if it has committed, or was to be rolled back
+    /// and is gone; `Err` if it must be tried again.
+    fn look_up(self, client: &mut Client, written: Vec<Committed>) -> Result<Vec<Committed>, ()> {
+        loop {
+            *client = connect(self.dsn);
+            let ids: Vec<&str> = written.iter().map(|event| event.id.as_str()).collect();
+            let query = "SELECT count(*) FROM outboxes WHERE id::text = ANY ($1)";
+            match client.query_one(query, &[&ids]) {
+                Ok(row) => {
+                    let there: i64 = row.get(0);
+                    assert!(there == 0 || usize::try_from(there) == Ok(written.len()), "half a transaction");
+                    return if there > 0 { Ok(written) } else { Err(()) };
+                }
+                Err(error) if lost_connection(client, &error) => {}
+                Err(error) => panic!("writer: {error:?}"),
+            }
+        }
+    }
+}
+
+/// True if the server went away (class 57P0x: it is shutting down, crashed, or starts up).
+fn lost_connection(client: &Client, error: &postgres::Error) -> bool {
+    client.is_closed()
+        || error.is_closed()
+        || error.code().is_some_and(|code| code.code().starts_with("57P0"))
+}
+
+fn connect(dsn: &str) -> Client {
+    let deadline = Instant::now() + RECONNECT_LIMIT;
+    loop {
+        match Client::connect(dsn, NoTls) {
+            Ok(client) => return client,
+            Err(error) => assert!(Instant::now() < deadline, "writer: {error:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
