@@ -1,7 +1,35 @@
-//! The configuration.
+//! The configuration: from what is written to what it means.
+//!
+//! [`Config::load`] reads a YAML file and four environment variables once, at start, on the main thread, and
+//! returns either a configuration in which every value is present, checked and fits the others, or all
+//! problems at once, each with its line. Nothing but the connection string is required. It looks at no other
+//! file and at no server; whether those agree is for `pg-outbox check` and for the connections to find out.
+//! Secrets are kept in [`Secret`] and occur in no message. `config/yaml.rs` turns text into nodes that know
+//! their lines, `config/reading.rs` takes the keys out and gathers the problems, `config/values.rs` says what
+//! each kind of value may be; the keys, their defaults, ranges and mutual limits are in this file.
+
+mod reading;
+mod values;
+mod yaml;
+
 use std::fmt;
-use std::path::PathBuf;
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use crate::topic_map::TopicMap;
+use reading::{Reading, Section};
+use values::{Login, NatsUrls};
+
+/// The configuration file that is read unless another is named.
+pub const DEFAULT_PATH: &str = "/etc/pg-outbox/config.yaml";
+
+/// Largest configuration file, in bytes.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Connections that are not the workers': the claimer's next claim, and the gauges and other small reads.
+const CONNECTIONS_BESIDE_WORKERS: u32 = 2;
 
 /// A value that must not be printed: `Debug` and `Display` show `***`.
 #[derive(Clone, PartialEq, Eq)]
@@ -12,12 +40,20 @@ impl Secret {
     pub fn new(value: impl Into<String>) -> Secret {
         Secret(value.into())
     }
+
     /// The value itself, for the one place that needs it.
     pub fn expose(&self) -> &str {
         &self.0
     }
 }
+
 impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl fmt::Display for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
@@ -26,48 +62,98 @@ impl fmt::Debug for Secret {
 /// Everything the service needs to know, with defaults filled in and checked.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// `dispatcher:`
+    /// `dispatcher`: how events are claimed and tried.
     pub dispatcher: Dispatcher,
-    /// `ordering:`
+    /// `ordering`: whether keys keep their order, and what a dead letter does to its key.
     pub ordering: Ordering,
-    /// `database:`
+    /// `database`: the PostgreSQL that holds the table `outboxes`.
     pub database: Database,
-    /// `nats:`
+    /// `nats`: where events go.
     pub nats: Nats,
-    /// `logging:`
+    /// `logging`: what is logged, and how.
     pub logging: Logging,
-    /// `metrics:`
+    /// `metrics`: the HTTP server.
     pub metrics: Metrics,
+}
+
+impl Config {
+    /// Reads the file at `path` and the environment variables `DATABASE_DSN`, `NATS_URL`,
+    /// `DISPATCHER_INSTANCE_ID` and `LOG_LEVEL`, which win over the file unless they are empty.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let name = path.display().to_string();
+        let unreadable =
+            |why: &dyn fmt::Display| ConfigError { problems: vec![format!("{name}: cannot be read: {why}")] };
+        let size = std::fs::metadata(path).map_err(|error| unreadable(&error))?.len();
+        if size > MAX_FILE_BYTES {
+            return Err(unreadable(&format_args!("it has {size} bytes; allowed: {MAX_FILE_BYTES}")));
+        }
+        let text = std::fs::read_to_string(path).map_err(|error| unreadable(&error))?;
+        Config::parse(&text, &name, |variable| {
+            std::env::var_os(variable).map(|value| value.to_string_lossy().into_owned())
+        })
+    }
+
+    /// Makes a configuration of the text of a file; `name` stands for the file in messages, and `environment`
+    /// for the process's environment.
+    pub fn parse(
+        text: &str,
+        name: &str,
+        environment: impl Fn(&str) -> Option<String>,
+    ) -> Result<Config, ConfigError> {
+        let root = yaml::parse(text).map_err(|error| ConfigError::of_yaml(name, &error))?;
+        let mut reading = Reading::new(&environment);
+        let config = Config::read(&mut reading, &root);
+        reading.finish(name, text)?;
+        Ok(config)
+    }
+
+    fn read(reading: &mut Reading<'_>, node: &yaml::Node) -> Config {
+        let root = reading.root(node);
+        let config = Config {
+            dispatcher: dispatcher(reading, &root),
+            ordering: ordering(reading, &root),
+            database: database(reading, &root),
+            nats: nats(reading, &root),
+            logging: logging(reading, &root),
+            metrics: metrics(reading, &root),
+        };
+        reading.check_keys(node);
+        check_together(reading, &config);
+        config
+    }
 }
 
 /// How events are claimed and tried.
 #[derive(Debug, Clone)]
 pub struct Dispatcher {
-    /// Name of this instance: `application_name`, the `Outbox-Instance` header, logs. Default: the host name.
+    /// Name of this instance: `application_name`, the `Outbox-Instance` header, logs. 1 to 63 printable ASCII
+    /// characters; two instances may share one, but logs and `pg_stat_activity` are then hard to read.
+    /// Default: the host name.
     pub instance_id: String,
-    /// Events of one claim at most. Default 100.
+    /// Events of one claim at most, 1 to 100,000. Default 100.
     pub batch_size: usize,
-    /// Attempts that NATS judges before an event is a dead letter. Default 3.
+    /// Attempts that NATS judges before an event is a dead letter, 1 to 1,000,000. Outages do not count. Default 3.
     pub max_attempts: u32,
-    /// Time between claims while nothing wakes us up. Default 1s.
+    /// Time between claims while nothing wakes us up, 10ms to 1h. Default 1s.
     pub poll_interval: Duration,
-    /// Longest sleep while notifications do wake us up. Default 30s.
+    /// Longest sleep while notifications do wake us up, 10ms to 1h; at least `poll_interval`. Default 30s.
     pub fallback_interval: Duration,
-    /// Worker threads, each with one claim at a time. Default 5.
+    /// Worker threads, each with one claim at a time; 1 to 64, as there are 64 lanes to claim. Default 5.
     pub workers: usize,
-    /// Time to finish what is in flight after SIGTERM. Default 30s.
+    /// Time to finish what is in flight after SIGTERM, 0s to 1h; 0s releases everything at once. Default 30s.
     pub shutdown_grace: Duration,
-    /// A claim sends for at most this long after its events were read, then settles what it has. Default 5s.
+    /// A claim sends for at most this long after its events were read, then settles what it has; 10ms to 5m.
+    /// Default 5s.
     pub claim_budget: Duration,
-    /// Bytes of events that all claims together may hold. Default 64 MiB (written `64MiB`).
+    /// Bytes of events that all claims together may hold, 64 KiB to 64 GiB. Default 64 MiB (written `64MiB`).
     pub max_in_flight_bytes: usize,
-    /// Wait before the second attempt; doubles with each further one. Default 1s.
+    /// Wait before the second attempt, 10ms to 1day; doubles with each further one. Default 1s.
     pub backoff_initial: Duration,
-    /// Longest wait between attempts. Default 5m.
+    /// Longest wait between attempts, 10ms to 1day; at least `backoff_initial`. Default 5m.
     pub backoff_max: Duration,
 }
 
-/// Order.
+/// Order of the events of a key.
 #[derive(Debug, Clone)]
 pub struct Ordering {
     /// false gives up order per key for speed. Default true.
@@ -85,16 +171,16 @@ pub enum OnDead {
     Block,
 }
 
-/// PostgreSQL.
+/// How PostgreSQL is reached.
 #[derive(Debug, Clone)]
 pub struct Database {
-    /// Connection string, URL or key=value. Required (or `DATABASE_DSN`).
+    /// Connection string, URL or key=value; here it only looks like one. Required (or `DATABASE_DSN`).
     pub dsn: Secret,
-    /// Connections of the pool at most. Default 20; at least workers + 2.
+    /// Connections of the pool at most, up to 1,000; at least `workers` + 2. Default 20.
     pub max_connections: u32,
-    /// Idle connections kept at most. Default 10.
+    /// Idle connections kept at most, 0 to `max_connections`. Default 10, or less with fewer connections.
     pub max_idle: u32,
-    /// Longest wait for a connection. Default 5s.
+    /// Longest wait for a connection, 10ms to 10m. Default 5s.
     pub connect_timeout: Duration,
     /// LISTEN for new events; false: poll every poll_interval. Default true.
     pub listen: bool,
@@ -104,27 +190,28 @@ pub struct Database {
     pub synchronous_commit: bool,
 }
 
-/// NATS.
+/// How NATS is reached, and what events become there.
 #[derive(Debug, Clone)]
 pub struct Nats {
-    /// Servers, one URL or several, comma-separated, without userinfo (that is in `auth`). Default nats://localhost:4222.
+    /// Servers, at least one: `nats://host:4222` or `tls://host:4222`, the port optional, without userinfo (that
+    /// is in `auth`). Written as `url`: one, several with commas between, or a list. Default nats://localhost:4222.
     pub servers: Vec<String>,
     /// Credentials, from the URL's userinfo or their own keys.
     pub auth: NatsAuth,
-    /// Connection attempts at start, then exit 1. Default 5.
+    /// Connection attempts at start, 1 to 1,000,000, then exit 1. Once up, it reconnects for ever. Default 5.
     pub max_retries: u32,
-    /// Wait between them. Default 2s.
+    /// Wait between them, 10ms to 1h. Default 2s.
     pub retry_delay: Duration,
-    /// Longest wait for one connection attempt. Default 5s.
+    /// Longest wait for one connection attempt, 10ms to 10m. Default 5s.
     pub connect_timeout: Duration,
-    /// Longest wait for an ack. Default 5s.
+    /// Longest wait for an ack, 10ms to 10m. Default 5s.
     pub ack_timeout: Duration,
-    /// `Nats-*` headers that metadata may set. Default none.
+    /// `Nats-*` headers that metadata may set, in exactly this spelling. Default none.
     pub allow_headers: Vec<String>,
-    /// JetStream.
+    /// The stream.
     pub jetstream: JetStream,
     /// Topics to subjects.
-    pub topic_map: crate::topic_map::TopicMap,
+    pub topic_map: TopicMap,
 }
 
 /// How we authenticate to NATS.
@@ -140,22 +227,22 @@ pub enum NatsAuth {
     CredentialsFile(PathBuf),
 }
 
-/// JetStream.
+/// The stream, and how to create it. What is not `enabled` or `stream_name` has no effect without `create`.
 #[derive(Debug, Clone)]
 pub struct JetStream {
     /// false: core NATS. Default true.
     pub enabled: bool,
-    /// The stream every event must land in. Default EVENTS.
+    /// The stream every event must land in: no blank and none of `. * > / \`. Default EVENTS.
     pub stream_name: String,
     /// Create the stream when it is missing. Default false.
     pub create: bool,
-    /// Subjects of a stream we create. Required with `create`.
+    /// Subjects of a stream we create, wildcards allowed. Required with `create`. Default none.
     pub subjects: Vec<String>,
     /// Storage of a stream we create. Default file.
     pub storage: Storage,
     /// Replicas of a stream we create, 1 to 5. Default 1.
     pub replicas: u32,
-    /// Duplicate window of a stream we create. Default 2m.
+    /// Duplicate window of a stream we create, 100ms to 30days. Default 2m.
     pub duplicate_window: Duration,
 }
 
@@ -168,12 +255,12 @@ pub enum Storage {
     Memory,
 }
 
-/// Logging.
+/// What is logged.
 #[derive(Debug, Clone)]
 pub struct Logging {
-    /// Level. Default info.
+    /// Level: error, warn, info, debug or trace. Default info.
     pub level: log::LevelFilter,
-    /// Format. Default text.
+    /// Format: json or text (plain is the same). Default text.
     pub format: LogFormat,
 }
 
@@ -192,9 +279,292 @@ pub struct Metrics {
     /// false: no HTTP server. Default true.
     pub enabled: bool,
     /// Address to listen on. Default 0.0.0.0.
-    pub address: std::net::IpAddr,
+    pub address: IpAddr,
     /// Port; 0 picks a free one. Default 8080.
     pub port: u16,
-    /// Path of the metrics. Default /metrics.
+    /// Path of the metrics; not one of the paths the server has anyway. Default /metrics.
     pub path: String,
 }
+
+/// All that is wrong with a configuration. Displays one problem a line, in the order of the file:
+/// `file:line:column: key: what is wrong; what is allowed`, or `environment: VARIABLE: ...`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    problems: Vec<String>,
+}
+
+impl ConfigError {
+    /// The problems, each on one line; at least one.
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
+    fn of_yaml(name: &str, error: &serde_yaml::Error) -> ConfigError {
+        let reason = error.to_string();
+        let problem = match error.location() {
+            None => format!("{name}: not YAML: {reason}"),
+            Some(location) => {
+                let (line, column) = (location.line(), location.column());
+                let reason = reason.replacen(&format!(" at line {line} column {column}"), "", 1);
+                format!("{name}:{line}:{column}: not YAML: {reason}")
+            }
+        };
+        ConfigError { problems: vec![problem] }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.problems.join("\n"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+const MS: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3_600);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// Waits that are spent again and again: shorter ones would be a busy loop.
+fn up_to(longest: Duration) -> RangeInclusive<Duration> {
+    10 * MS..=longest
+}
+
+fn dispatcher(reading: &mut Reading<'_>, root: &Section<'_>) -> Dispatcher {
+    use values::{count, duration, instance_id, size};
+    let section = reading.section(root, "dispatcher");
+    let mut value = Keys { reading, section: &section };
+    Dispatcher {
+        instance_id: value.of("instance_id", host_name(), instance_id),
+        batch_size: value.of("batch_size", 100, count(1..=100_000)),
+        max_attempts: value.of("max_attempts", 3, count(1..=1_000_000)),
+        poll_interval: value.of("poll_interval", SECOND, duration(up_to(HOUR))),
+        fallback_interval: value.of("fallback_interval", 30 * SECOND, duration(up_to(HOUR))),
+        workers: value.of("workers", 5, count(1..=64)),
+        shutdown_grace: value.of("shutdown_grace", 30 * SECOND, duration(Duration::ZERO..=HOUR)),
+        claim_budget: value.of("claim_budget", 5 * SECOND, duration(up_to(5 * MINUTE))),
+        max_in_flight_bytes: value.of("max_in_flight_bytes", 64 << 20, size(64 << 10..=64 << 30)),
+        backoff_initial: value.of("backoff_initial", SECOND, duration(up_to(DAY))),
+        backoff_max: value.of("backoff_max", 5 * MINUTE, duration(up_to(DAY))),
+    }
+}
+
+fn ordering(reading: &mut Reading<'_>, root: &Section<'_>) -> Ordering {
+    use values::{boolean, one_of};
+    let section = reading.section(root, "ordering");
+    let mut value = Keys { reading, section: &section };
+    let on_dead = [("continue", OnDead::Continue), ("block", OnDead::Block)];
+    Ordering {
+        enabled: value.of("enabled", true, boolean),
+        on_dead: value.of("on_dead", OnDead::Continue, one_of("way to treat a key", &on_dead)),
+    }
+}
+
+fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
+    use values::{boolean, count, dsn, duration, optional_dsn};
+    let section = reading.section(root, "database");
+    let mut value = Keys { reading, section: &section };
+    let dsn = value.of("dsn", Secret::new(""), dsn);
+    let max_connections = value.of("max_connections", 20, count(1..=1_000));
+    let database = Database {
+        dsn,
+        max_connections,
+        max_idle: value.of("max_idle", max_connections.min(10), count(0..=1_000)),
+        connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
+        listen: value.of("listen", true, boolean),
+        listen_dsn: value.of("listen_dsn", None, optional_dsn),
+        synchronous_commit: value.of("synchronous_commit", false, boolean),
+    };
+    if !reading.is_given("database.dsn") {
+        let text = "missing; write the connection string here or in the environment as DATABASE_DSN";
+        reading.missing(&section, "dsn", text.to_owned());
+    }
+    database
+}
+
+fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
+    use values::{allowed_headers, count, duration, file, nats_urls, secret, topics, user};
+    let section = reading.section(root, "nats");
+    let jetstream = jetstream(reading, &section);
+    let mut value = Keys { reading, section: &section };
+    let localhost = NatsUrls { servers: vec!["nats://localhost:4222".to_owned()], login: None };
+    let urls = value.of("url", localhost, nats_urls);
+    let logins = Logins {
+        in_url: urls.login,
+        user: value.of("user", None, user),
+        password: value.of("password", None, secret),
+        token: value.of("token", None, secret),
+        credentials_file: value.of("credentials_file", None, file),
+    };
+    Nats {
+        servers: urls.servers,
+        max_retries: value.of("max_retries", 5, count(1..=1_000_000)),
+        retry_delay: value.of("retry_delay", 2 * SECOND, duration(up_to(HOUR))),
+        connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
+        ack_timeout: value.of("ack_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
+        allow_headers: value.of("allow_headers", Vec::new(), allowed_headers),
+        topic_map: value.of("topic_map", TopicMap::default(), topics),
+        auth: logins.choose(reading),
+        jetstream,
+    }
+}
+
+fn jetstream(reading: &mut Reading<'_>, nats: &Section<'_>) -> JetStream {
+    use values::{boolean, count, duration, one_of, stream_name, subjects};
+    let section = reading.section(nats, "jetstream");
+    let mut value = Keys { reading, section: &section };
+    let storage = [("file", Storage::File), ("memory", Storage::Memory)];
+    JetStream {
+        enabled: value.of("enabled", true, boolean),
+        stream_name: value.of("stream_name", "EVENTS".to_owned(), stream_name),
+        create: value.of("create", false, boolean),
+        subjects: value.of("subjects", Vec::new(), subjects),
+        storage: value.of("storage", Storage::File, one_of("kind of storage", &storage)),
+        replicas: value.of("replicas", 1, count(1..=5)),
+        duplicate_window: value.of("duplicate_window", 2 * MINUTE, duration(100 * MS..=30 * DAY)),
+    }
+}
+
+fn logging(reading: &mut Reading<'_>, root: &Section<'_>) -> Logging {
+    use log::LevelFilter::{Debug, Error, Info, Trace, Warn};
+    use values::one_of;
+    let section = reading.section(root, "logging");
+    let mut value = Keys { reading, section: &section };
+    let levels = [("error", Error), ("warn", Warn), ("info", Info), ("debug", Debug), ("trace", Trace)];
+    let formats = [("json", LogFormat::Json), ("text", LogFormat::Text), ("plain", LogFormat::Text)];
+    Logging {
+        level: value.of("level", Info, one_of("level", &levels)),
+        format: value.of("format", LogFormat::Text, one_of("format", &formats)),
+    }
+}
+
+fn metrics(reading: &mut Reading<'_>, root: &Section<'_>) -> Metrics {
+    use values::{address, boolean, count, metrics_path};
+    let section = reading.section(root, "metrics");
+    let mut value = Keys { reading, section: &section };
+    Metrics {
+        enabled: value.of("enabled", true, boolean),
+        address: value.of("address", IpAddr::V4(Ipv4Addr::UNSPECIFIED), address),
+        port: value.of("port", 8080, count(0..=65_535)),
+        path: value.of("path", "/metrics".to_owned(), metrics_path),
+    }
+}
+
+/// The keys of one section, so that the lists above read as tables: key, default, what is allowed.
+struct Keys<'r, 'e, 'n> {
+    reading: &'r mut Reading<'e>,
+    section: &'r Section<'n>,
+}
+
+impl Keys<'_, '_, '_> {
+    fn of<T, E: Into<reading::Faults>>(
+        &mut self,
+        name: &str,
+        default: T,
+        parse: impl FnOnce(&yaml::Node) -> Result<T, E>,
+    ) -> T {
+        self.reading.value(self.section, name, default, parse)
+    }
+}
+
+/// The ways to log in to NATS that are written; one is allowed.
+struct Logins {
+    in_url: Option<Login>,
+    user: Option<String>,
+    password: Option<Secret>,
+    token: Option<Secret>,
+    credentials_file: Option<PathBuf>,
+}
+
+impl Logins {
+    fn choose(self, reading: &mut Reading<'_>) -> NatsAuth {
+        let ways = [
+            (self.in_url.is_some(), "nats.url"),
+            (self.token.is_some(), "nats.token"),
+            (self.credentials_file.is_some(), "nats.credentials_file"),
+            (self.user.is_some() || self.password.is_some(), "nats.user and nats.password"),
+        ];
+        let given: Vec<&str> = ways.iter().filter(|(given, _)| *given).map(|(_, key)| *key).collect();
+        if given.len() > 1 {
+            let keys = ["nats.token", "nats.credentials_file", "nats.password", "nats.user"];
+            reading.clash(&keys, format!("more than one way to log in ({}); keep one", given.join(", ")));
+            return NatsAuth::None;
+        }
+        match self {
+            Logins { in_url: Some(Login::UserPassword(user, password)), .. } => {
+                NatsAuth::UserPassword(user, password)
+            }
+            Logins { in_url: Some(Login::Token(token)), .. } | Logins { token: Some(token), .. } => {
+                NatsAuth::Token(token)
+            }
+            Logins { credentials_file: Some(path), .. } => NatsAuth::CredentialsFile(path),
+            Logins { user: Some(user), password: Some(password), .. } => {
+                NatsAuth::UserPassword(user, password)
+            }
+            Logins { user: None, password: None, .. } => NatsAuth::None,
+            _ => {
+                if !(reading.is_given("nats.user") && reading.is_given("nats.password")) {
+                    let text = "nats.user and nats.password go together; one of them is missing";
+                    reading.clash(&["nats.user", "nats.password"], text.to_owned());
+                }
+                NatsAuth::None
+            }
+        }
+    }
+}
+
+/// Reports values that are fine each on its own, but not together.
+fn check_together(reading: &mut Reading<'_>, config: &Config) {
+    let Config { dispatcher, database, nats, .. } = config;
+    let shown = humantime::format_duration;
+
+    let workers = u32::try_from(dispatcher.workers).unwrap_or(u32::MAX);
+    let needed = workers.saturating_add(CONNECTIONS_BESIDE_WORKERS);
+    if database.max_connections < needed {
+        let text = format!(
+            "max_connections {} is too small for {workers} workers; allowed: at least {needed} (workers + {CONNECTIONS_BESIDE_WORKERS})",
+            database.max_connections
+        );
+        reading.clash(&["database.max_connections", "dispatcher.workers"], text);
+    }
+    if database.max_idle > database.max_connections {
+        let text = format!(
+            "max_idle {} is more than max_connections; allowed: 0 to {}",
+            database.max_idle, database.max_connections
+        );
+        reading.clash(&["database.max_idle", "database.max_connections"], text);
+    }
+    if dispatcher.poll_interval > dispatcher.fallback_interval {
+        let text = format!(
+            "poll_interval {} is longer than fallback_interval {}; allowed: at most as long",
+            shown(dispatcher.poll_interval),
+            shown(dispatcher.fallback_interval)
+        );
+        reading.clash(&["dispatcher.poll_interval", "dispatcher.fallback_interval"], text);
+    }
+    if dispatcher.backoff_initial > dispatcher.backoff_max {
+        let text = format!(
+            "backoff_initial {} is longer than backoff_max {}; allowed: at most as long",
+            shown(dispatcher.backoff_initial),
+            shown(dispatcher.backoff_max)
+        );
+        reading.clash(&["dispatcher.backoff_initial", "dispatcher.backoff_max"], text);
+    }
+    if nats.jetstream.create && nats.jetstream.subjects.is_empty() {
+        let text = "true, but nats.jetstream.subjects is missing; write the new stream's subjects, such as [\"app.>\"]";
+        // The subjects are named first so that a fault in them is not followed by this one.
+        reading.clash(&["nats.jetstream.subjects", "nats.jetstream.create"], text.to_owned());
+    }
+}
+
+/// The host's name, or a name of our own if that one cannot be an instance's.
+fn host_name() -> String {
+    let system = rustix::system::uname();
+    let name = system.nodename().to_string_lossy();
+    if values::is_instance_id(&name) { name.into_owned() } else { "pg-outbox".to_owned() }
+}
+
+#[cfg(test)]
+mod tests;

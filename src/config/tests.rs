@@ -1,0 +1,689 @@
+//! Tables of configurations: what good ones mean, and what is said about broken ones, word for word.
+
+use std::collections::BTreeSet;
+
+use super::yaml::{Node, Value};
+use super::*;
+
+const SHIPPED: &str = include_str!("../../etc/config.yaml");
+
+/// A good beginning for texts that are about something else; two lines.
+const DSN: &str = "database:\n  dsn: postgresql://u:hunter2@h/d\n";
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    parse_with(text, &[])
+}
+
+fn parse_with(text: &str, environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    Config::parse(text, "config.yaml", |wanted| {
+        environment.iter().find(|(name, _)| *name == wanted).map(|(_, value)| (*value).to_owned())
+    })
+}
+
+/// The messages about `text`, none of which may hold the passwords used here.
+fn problems(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
+    let error = parse_with(text, environment).expect_err(text);
+    for secret in ["hunter2", "hunter"] {
+        assert!(!error.to_string().contains(secret), "a password in {error}");
+    }
+    error.problems().to_vec()
+}
+
+#[test]
+fn the_documented_example_works_as_it_stands() {
+    let text = r#"
+dispatcher: { instance_id: "dispatcher-1", batch_size: 100, max_attempts: 3, poll_interval: 1s, fallback_interval: 30s, workers: 5, shutdown_grace: 30s }
+database: { dsn: "postgresql://user:pass@localhost:5432/mydb", max_connections: 20, max_idle: 10 }
+nats:
+  url: "nats://localhost:4222"
+  max_retries: 5      # connection attempts at start, retry_delay apart, then exit 1 (systemd starts it again: StartLimitIntervalSec=0); once up, it reconnects for ever
+  retry_delay: 2s
+  jetstream: { enabled: true, stream_name: "EVENTS" }
+  topic_map: { "user.created": "app.users.created", "order.*": "production.orders.*" }
+logging: { level: "info", format: "json" }
+metrics: { enabled: true, port: 8080, path: "/metrics" }
+"#;
+    let config = parse(text).unwrap();
+    assert_eq!(config.dispatcher.instance_id, "dispatcher-1");
+    assert_eq!(config.dispatcher.poll_interval, Duration::from_secs(1));
+    assert_eq!(config.dispatcher.shutdown_grace, Duration::from_secs(30));
+    assert_eq!(config.database.dsn.expose(), "postgresql://user:pass@localhost:5432/mydb");
+    assert_eq!(config.nats.servers, ["nats://localhost:4222"]);
+    assert_eq!(config.nats.retry_delay, Duration::from_secs(2));
+    assert_eq!(config.nats.jetstream.stream_name, "EVENTS");
+    assert_eq!(config.nats.topic_map.subject("order.placed"), "production.orders.placed");
+    assert_eq!(config.nats.topic_map.subject("user.created"), "app.users.created");
+    assert_eq!(config.logging.format, LogFormat::Json);
+    assert_eq!(config.metrics.port, 8080);
+}
+
+#[test]
+fn everything_but_the_dsn_has_a_default() {
+    let config = parse("database: { dsn: 'host=/run/postgresql dbname=app' }").unwrap();
+    assert!(!config.dispatcher.instance_id.is_empty());
+    assert_eq!(config.dispatcher.workers, 5);
+    assert_eq!(config.dispatcher.max_in_flight_bytes, 64 * 1024 * 1024);
+    assert_eq!(config.database.dsn.expose(), "host=/run/postgresql dbname=app");
+    assert!(config.ordering.enabled);
+    assert!(matches!(config.nats.auth, NatsAuth::None));
+    assert_eq!(config.logging.level, log::LevelFilter::Info);
+    let expected = format!("{config:?}");
+
+    let dsn = ("DATABASE_DSN", "host=/run/postgresql dbname=app");
+    for text in [
+        "",
+        "# nothing\n",
+        "database:\n",
+        "database: {}\nnats: ~\n",
+        "database: { dsn: }",
+        "nats:\n  topic_map:\n",
+    ] {
+        assert_eq!(format!("{:?}", parse_with(text, &[dsn]).unwrap()), expected, "{text:?}");
+    }
+}
+
+#[test]
+fn the_shipped_file_loads_and_states_the_defaults() {
+    let shipped = parse(SHIPPED).unwrap();
+    let defaults = parse("database: { dsn: 'postgresql://outbox@localhost:5432/app' }").unwrap();
+    assert_eq!(format!("{shipped:?}"), format!("{defaults:?}"));
+    assert_eq!(shipped.database.dsn, defaults.database.dsn);
+}
+
+/// Keys that are commented out have their # right before them, unlike prose.
+#[test]
+fn the_shipped_file_has_every_key() {
+    let is_key = |rest: &str| rest.starts_with(|c: char| c.is_ascii_alphabetic() || c == '"');
+    let uncommented: Vec<String> = SHIPPED
+        .lines()
+        .map(|line| match line.split_once('#') {
+            Some((indent, rest)) if indent.trim().is_empty() && is_key(rest) => format!("{indent}{rest}"),
+            _ => line.to_owned(),
+        })
+        .collect();
+    let node = yaml::parse(&uncommented.join("\n")).unwrap();
+    let mut reading = Reading::new(&|_| None);
+    Config::read(&mut reading, &node);
+    let known: BTreeSet<String> = reading.known_keys().into_iter().collect();
+
+    let mut written = BTreeSet::new();
+    collect_keys(&node, "", &known, &mut written);
+    assert_eq!(written, known);
+    // Nothing is wrong with the file uncommented but that it then has several ways to log in.
+    let problems = reading.finish("config.yaml", &uncommented.join("\n")).unwrap_err();
+    assert_eq!(problems.problems().len(), 1, "{problems}");
+    assert!(problems.to_string().contains("more than one way to log in"), "{problems}");
+}
+
+fn collect_keys(node: &Node, path: &str, known: &BTreeSet<String>, found: &mut BTreeSet<String>) {
+    let Value::Map(entries) = &node.value else { return };
+    for (key, value) in entries {
+        let full = format!("{path}{}", values::name(key));
+        let is_section = matches!(value.value, Value::Map(_)) && !known.contains(&full);
+        if is_section {
+            collect_keys(value, &format!("{full}."), known, found);
+        } else {
+            found.insert(full);
+        }
+    }
+}
+
+#[test]
+fn every_key_has_its_effect() {
+    let text = r#"
+dispatcher:
+  instance_id: two words
+  batch_size: 7
+  max_attempts: 8
+  poll_interval: 250ms
+  fallback_interval: 1m 30s
+  workers: 64
+  shutdown_grace: 0s
+  claim_budget: 2s
+  max_in_flight_bytes: 512KiB
+  backoff_initial: 100ms
+  backoff_max: 1h
+ordering: { enabled: false, on_dead: block }
+database:
+  dsn: host=a
+  max_connections: 66
+  max_idle: 0
+  connect_timeout: 1s
+  listen: false
+  listen_dsn: host = b
+  synchronous_commit: true
+nats:
+  url: [ "nats://a:4222", "TLS://b.example/, nats://[::1]:4333" ]
+  user: me
+  password: "123"
+  max_retries: 9
+  retry_delay: 10ms
+  connect_timeout: 3s
+  ack_timeout: 4s
+  allow_headers: Nats-TTL
+  jetstream:
+    enabled: false
+    stream_name: OTHER_1
+    create: true
+    subjects: [ app.>, "*.b" ]
+    storage: memory
+    replicas: 5
+    duplicate_window: 1h
+  topic_map: { "a.*": b.* }
+logging: { level: TRACE, format: plain }
+metrics: { enabled: false, address: "::1", port: 0, path: /m/x }
+"#;
+    let Config { dispatcher, ordering, database, nats, logging, metrics } = parse(text).unwrap();
+    let ms = Duration::from_millis;
+    assert_eq!(dispatcher.instance_id, "two words");
+    assert_eq!((dispatcher.batch_size, dispatcher.max_attempts, dispatcher.workers), (7, 8, 64));
+    assert_eq!((dispatcher.poll_interval, dispatcher.fallback_interval), (ms(250), ms(90_000)));
+    assert_eq!((dispatcher.shutdown_grace, dispatcher.claim_budget), (ms(0), ms(2_000)));
+    assert_eq!(dispatcher.max_in_flight_bytes, 512 * 1024);
+    assert_eq!((dispatcher.backoff_initial, dispatcher.backoff_max), (ms(100), ms(3_600_000)));
+    assert_eq!((ordering.enabled, ordering.on_dead), (false, OnDead::Block));
+    assert_eq!((database.max_connections, database.max_idle), (66, 0));
+    assert_eq!(database.connect_timeout, ms(1_000));
+    assert_eq!((database.listen, database.synchronous_commit), (false, true));
+    assert_eq!(database.listen_dsn, Some(Secret::new("host = b")));
+    assert_eq!(nats.servers, ["nats://a:4222", "tls://b.example", "nats://[::1]:4333"]);
+    assert!(
+        matches!(nats.auth, NatsAuth::UserPassword(user, password) if user == "me" && password.expose() == "123")
+    );
+    assert_eq!((nats.max_retries, nats.retry_delay), (9, ms(10)));
+    assert_eq!((nats.connect_timeout, nats.ack_timeout), (ms(3_000), ms(4_000)));
+    assert_eq!(nats.allow_headers, ["Nats-TTL"]);
+    assert_eq!(nats.topic_map.subject("a.x"), "b.x");
+    let jetstream = nats.jetstream;
+    assert_eq!((jetstream.enabled, jetstream.create), (false, true));
+    assert_eq!((jetstream.stream_name.as_str(), jetstream.replicas), ("OTHER_1", 5));
+    assert_eq!(jetstream.subjects, ["app.>", "*.b"]);
+    assert_eq!((jetstream.storage, jetstream.duplicate_window), (Storage::Memory, ms(3_600_000)));
+    assert_eq!((logging.level, logging.format), (log::LevelFilter::Trace, LogFormat::Text));
+    assert_eq!((metrics.enabled, metrics.port, metrics.path.as_str()), (false, 0, "/m/x"));
+    assert_eq!(metrics.address, "::1".parse::<IpAddr>().unwrap());
+}
+
+#[test]
+fn the_environment_wins_over_the_file_unless_it_is_empty() {
+    let text = format!(
+        "{DSN}dispatcher: {{ instance_id: f }}\nnats: {{ url: 'nats://f' }}\nlogging: {{ level: warn }}"
+    );
+    let all = [
+        ("DATABASE_DSN", "host=e"),
+        ("NATS_URL", "nats://e1:1,nats://e2:2"),
+        ("DISPATCHER_INSTANCE_ID", "e"),
+        ("LOG_LEVEL", "debug"),
+    ];
+    let config = parse_with(&text, &all).unwrap();
+    assert_eq!(config.database.dsn.expose(), "host=e");
+    assert_eq!(config.nats.servers, ["nats://e1:1", "nats://e2:2"]);
+    assert_eq!(config.dispatcher.instance_id, "e");
+    assert_eq!(config.logging.level, log::LevelFilter::Debug);
+
+    let empty = all.map(|(name, _)| (name, ""));
+    let config = parse_with(&text, &empty).unwrap();
+    assert_eq!(config.nats.servers, ["nats://f"]);
+    assert_eq!(config.dispatcher.instance_id, "f");
+    assert_eq!(config.logging.level, log::LevelFilter::Warn);
+
+    // What the environment replaces need not be right, or be there.
+    assert!(parse_with("database: { dsn: '' }", &all).is_ok());
+}
+
+#[test]
+fn the_ways_to_log_in_to_nats() {
+    let auth = |nats: &str| parse(&format!("{DSN}nats: {{ {nats} }}")).unwrap().nats;
+    let nats = auth("url: 'nats://me:p%40%3Ass@a,nats://me:p%40%3Ass@b:4223,nats://c'");
+    assert_eq!(nats.servers, ["nats://a", "nats://b:4223", "nats://c"]);
+    assert!(
+        matches!(nats.auth, NatsAuth::UserPassword(user, password) if user == "me" && password.expose() == "p@:ss")
+    );
+    assert!(
+        matches!(auth("url: 'nats://t0ken@a'").auth, NatsAuth::Token(token) if token.expose() == "t0ken")
+    );
+    assert!(matches!(auth("token: t0ken").auth, NatsAuth::Token(token) if token.expose() == "t0ken"));
+    assert!(
+        matches!(auth("credentials_file: /x").auth, NatsAuth::CredentialsFile(path) if path == Path::new("/x"))
+    );
+}
+
+#[test]
+fn secrets_do_not_print() {
+    let text = "database: { dsn: 'postgresql://u:hunter2@h/d', listen_dsn: 'host=h password=hunter2' }\n\
+                nats: { url: 'nats://u:hunter2@h' }";
+    let config = parse(text).unwrap();
+    let printed = format!("{config:?} {config:#?} {}", config.database.dsn);
+    assert!(!printed.contains("hunter2") && printed.contains("***"), "{printed}");
+}
+
+/// Each text is broken in one way; its message, word for word.
+#[test]
+fn a_broken_value_is_named_with_its_line_and_what_is_allowed() {
+    let cases = [
+        ("dispatcher:\n  bach_size: 10", "3: dispatcher.bach_size: unknown key; did you mean batch_size?"),
+        ("dispatcher:\n  batch-size: 10", "3: dispatcher.batch-size: unknown key; did you mean batch_size?"),
+        (
+            "dispatcher:\n  stream_name: A",
+            "3: dispatcher.stream_name: unknown key; did you mean nats.jetstream.stream_name?",
+        ),
+        ("ordering:\n  strict: true", "3: ordering.strict: unknown key; allowed: enabled, on_dead"),
+        ("ordering:\n  \"a b\": true", "3: ordering.\"a b\": unknown key; allowed: enabled, on_dead"),
+        ("ordering:\n  7: true", "3: ordering.7: unknown key; allowed: enabled, on_dead"),
+        ("ordering:\n  <<: 1", "3: ordering.\"<<\": merge keys are not supported; write the keys out"),
+        ("loging: {}", "1: loging: unknown key; did you mean logging?"),
+        ("dispatcher:\n  workers: 2\n  workers: 3", "3: dispatcher.workers: written twice; keep one"),
+        (
+            "dispatcher:\n  batch_size: 0",
+            "15: dispatcher.batch_size: 0 is out of range; allowed: 1 to 100000",
+        ),
+        (
+            "dispatcher:\n  batch_size: -5",
+            "15: dispatcher.batch_size: -5 is out of range; allowed: 1 to 100000",
+        ),
+        (
+            "dispatcher:\n  batch_size: 1.5",
+            "15: dispatcher.batch_size: 1.5 is not a whole number; allowed: 1 to 100000",
+        ),
+        (
+            "dispatcher:\n  batch_size: many",
+            "15: dispatcher.batch_size: \"many\" is not a whole number; allowed: 1 to 100000",
+        ),
+        (
+            "dispatcher:\n  batch_size: '10'",
+            "15: dispatcher.batch_size: \"10\" is text; write the number without quotes; allowed: 1 to 100000",
+        ),
+        (
+            "dispatcher:\n  batch_size: [1]",
+            "15: dispatcher.batch_size: a list is not a whole number; allowed: 1 to 100000",
+        ),
+        (
+            "dispatcher:\n  batch_size: 99999999999999999999999",
+            "15: dispatcher.batch_size: 99999999999999999999999 is out of range; allowed: 1 to 100000",
+        ),
+        ("dispatcher:\n  workers: 65", "12: dispatcher.workers: 65 is out of range; allowed: 1 to 64"),
+        (
+            "dispatcher:\n  max_attempts: 0",
+            "17: dispatcher.max_attempts: 0 is out of range; allowed: 1 to 1000000",
+        ),
+        (
+            "dispatcher:\n  poll_interval: 30",
+            "18: dispatcher.poll_interval: 30 has no unit; write 30s for seconds",
+        ),
+        (
+            "dispatcher:\n  poll_interval: \"30\"",
+            "18: dispatcher.poll_interval: 30 has no unit; write 30s for seconds",
+        ),
+        (
+            "dispatcher:\n  poll_interval: 0s",
+            "18: dispatcher.poll_interval: \"0s\" is too short; allowed: 10ms to 1h",
+        ),
+        (
+            "dispatcher:\n  poll_interval: -1s",
+            "18: dispatcher.poll_interval: \"-1s\" is not a duration such as 500ms, 30s or 5m; allowed: 10ms to 1h",
+        ),
+        (
+            "dispatcher:\n  poll_interval: 2h",
+            "18: dispatcher.poll_interval: \"2h\" is too long; allowed: 10ms to 1h",
+        ),
+        (
+            "dispatcher:\n  poll_interval: true",
+            "18: dispatcher.poll_interval: true is not a duration; allowed: 10ms to 1h",
+        ),
+        (
+            "dispatcher:\n  poll_interval: 31s",
+            "18: dispatcher.poll_interval: poll_interval 31s is longer than fallback_interval 30s; allowed: at most as long",
+        ),
+        (
+            "dispatcher:\n  backoff_max: 500ms",
+            "16: dispatcher.backoff_max: backoff_initial 1s is longer than backoff_max 500ms; allowed: at most as long",
+        ),
+        (
+            "dispatcher:\n  max_in_flight_bytes: 1000000",
+            "24: dispatcher.max_in_flight_bytes: 1000000 is not a size such as 512KiB, 64MiB or 1GiB; allowed: 64KiB to 64GiB",
+        ),
+        (
+            "dispatcher:\n  max_in_flight_bytes: 64MB",
+            "24: dispatcher.max_in_flight_bytes: \"64MB\" is not a size such as 512KiB, 64MiB or 1GiB; allowed: 64KiB to 64GiB",
+        ),
+        (
+            "dispatcher:\n  max_in_flight_bytes: 1KiB",
+            "24: dispatcher.max_in_flight_bytes: \"1KiB\" is out of range; allowed: 64KiB to 64GiB",
+        ),
+        (
+            "dispatcher:\n  max_in_flight_bytes: 99999999999999999GiB",
+            "24: dispatcher.max_in_flight_bytes: \"99999999999999999GiB\" is out of range; allowed: 64KiB to 64GiB",
+        ),
+        (
+            "dispatcher:\n  instance_id: 5",
+            "16: dispatcher.instance_id: 5 is not text; write it in quotes: \"5\"",
+        ),
+        (
+            "dispatcher:\n  instance_id: ü",
+            "16: dispatcher.instance_id: \"ü\" is not an instance name; allowed: 1 to 63 printable ASCII characters, no blank at either end",
+        ),
+        (
+            "dispatcher:\n  instance_id: \"a\\nb\"",
+            "16: dispatcher.instance_id: \"a\\nb\" is not an instance name; allowed: 1 to 63 printable ASCII characters, no blank at either end",
+        ),
+        ("dispatcher:\n  instance_id: \"\"", "16: dispatcher.instance_id: is empty; allowed: text"),
+        ("dispatcher: fast", "13: dispatcher: \"fast\" where a mapping of keys to values is due"),
+        (
+            "dispatcher:\n  workers: 30",
+            "12: dispatcher.workers: max_connections 20 is too small for 30 workers; allowed: at least 32 (workers + 2)",
+        ),
+        (
+            "ordering:\n  enabled: yes",
+            "12: ordering.enabled: \"yes\" is not a truth value; allowed: true, false",
+        ),
+        (
+            "ordering:\n  on_dead: stop",
+            "12: ordering.on_dead: \"stop\" is not a way to treat a key; allowed: continue, block",
+        ),
+        (
+            "nats:\n  url: localhost:4222",
+            "8: nats.url: \"localhost:4222\" is not a URL; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        (
+            "nats:\n  url: http://localhost",
+            "8: nats.url: \"http://localhost\" has a scheme that is not nats or tls; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        (
+            "nats:\n  url: nats://u:hunter2@h:0",
+            "8: nats.url: \"nats://***@h:0\" has a port that is not 1 to 65535; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        (
+            "nats:\n  url: nats://u:hunter,2@h",
+            "8: nats.url: \"nats://***@h\" has a port that is not 1 to 65535; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        (
+            "nats:\n  url: nats://u:hunter%2@h",
+            "8: nats.url: \"nats://***@h\" has a % in its credentials that does not begin an escape such as %40; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        (
+            "nats:\n  url: nats://h/path",
+            "8: nats.url: \"nats://h/path\" has more than a host and a port; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        (
+            "nats:\n  url: nats://a@h,nats://b@h",
+            "8: nats.url: its servers have different credentials; allowed: the same for all, once is enough",
+        ),
+        ("nats:\n  url: [nats://h, 5]", "19: nats.url[1]: 5 is not text; write it in quotes: \"5\""),
+        (
+            "nats:\n  url: [nats://h, 'nats://']",
+            "19: nats.url[1]: \"nats://\" has no valid host; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        ("nats:\n  url: []", "8: nats.url: the list is empty; leave the key out for its default"),
+        (
+            "nats:\n  url: postgresql://u:hunter2@h/d",
+            "8: nats.url: \"postgresql://***@h/d\" has a scheme that is not nats or tls; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        (
+            "nats:\n  url: host=h password=hunter2",
+            "8: nats.url: \"***\" is not a URL; allowed: nats://host:4222 or tls://host:4222",
+        ),
+        ("nats:\n  password: 12", "13: nats.password: is not text; write it in quotes"),
+        (
+            "nats:\n  password: hunter2",
+            "13: nats.password: nats.user and nats.password go together; one of them is missing",
+        ),
+        ("nats:\n  user: u", "9: nats.user: nats.user and nats.password go together; one of them is missing"),
+        (
+            "nats: { user: u, password: hunter2, token: hunter2 }",
+            "44: nats.token: more than one way to log in (nats.token, nats.user and nats.password); keep one",
+        ),
+        (
+            "nats: { url: 'nats://hunter2@h', token: hunter2 }",
+            "41: nats.token: more than one way to log in (nats.url, nats.token); keep one",
+        ),
+        (
+            "nats:\n  allow_headers: [Nats-TTL, Nats-Msg-Id]",
+            "29: nats.allow_headers[1]: \"Nats-Msg-Id\" cannot be allowed: it decides where an event is stored, so metadata never sets it",
+        ),
+        (
+            "nats:\n  allow_headers: X-Trace",
+            "18: nats.allow_headers: \"X-Trace\" cannot be allowed: only Nats-* headers need permission",
+        ),
+        ("nats:\n  max_retries: 0", "16: nats.max_retries: 0 is out of range; allowed: 1 to 1000000"),
+        (
+            "nats:\n  topic_map: [a, b]",
+            "14: nats.topic_map: a list is not a mapping; allowed: lines such as order.*: app.orders.*",
+        ),
+        (
+            "nats:\n  topic_map: { a.*: b.*.* }",
+            "16: nats.topic_map.\"a.*\": cannot go to \"b.*.*\": the subject has 2 of * and the topic 1; allowed: as many, or none in the subject",
+        ),
+        (
+            "nats:\n  topic_map: { a.b: 5 }",
+            "21: nats.topic_map.\"a.b\": 5 is not text; write it in quotes: \"5\"",
+        ),
+        (
+            "nats:\n  topic_map: { 5: a }",
+            "16: nats.topic_map.5: its topic 5 is not text; write it in quotes: \"5\"",
+        ),
+        ("nats:\n  topic_map: { a: b, a: c }", "22: nats.topic_map.a: written twice; keep one"),
+        (
+            "nats:\n  jetstream: { stream_name: a.b }",
+            "29: nats.jetstream.stream_name: \"a.b\" is not a stream name; allowed: at most 255 characters, no blank and none of . * > / \\",
+        ),
+        (
+            "nats:\n  jetstream: { create: true }",
+            "24: nats.jetstream.create: true, but nats.jetstream.subjects is missing; write the new stream's subjects, such as [\"app.>\"]",
+        ),
+        (
+            "nats:\n  jetstream: { create: true, subjects: [a.>.b] }",
+            "41: nats.jetstream.subjects[0]: \"a.>.b\" is not a subject: it has a > that is not its last token",
+        ),
+        (
+            "nats:\n  jetstream: { replicas: 6 }",
+            "26: nats.jetstream.replicas: 6 is out of range; allowed: 1 to 5",
+        ),
+        (
+            "nats:\n  jetstream: { storage: disk }",
+            "25: nats.jetstream.storage: \"disk\" is not a kind of storage; allowed: file, memory",
+        ),
+        (
+            "logging:\n  level: loud",
+            "10: logging.level: \"loud\" is not a level; allowed: error, warn, info, debug, trace",
+        ),
+        (
+            "logging:\n  format: console",
+            "11: logging.format: \"console\" is not a format; allowed: json, text, plain",
+        ),
+        ("metrics:\n  port: 65536", "9: metrics.port: 65536 is out of range; allowed: 0 to 65535"),
+        (
+            "metrics:\n  path: metrics",
+            "9: metrics.path: \"metrics\" is not a path; allowed: such as /metrics",
+        ),
+        (
+            "metrics:\n  path: /ready",
+            "9: metrics.path: \"/ready\" is taken; allowed: any path but / /status /health /healthz /ready /readyz",
+        ),
+        (
+            "metrics:\n  address: localhost",
+            "12: metrics.address: \"localhost\" is not an IP address; allowed: such as 0.0.0.0, 127.0.0.1 or ::",
+        ),
+    ];
+    for (broken, expected) in cases {
+        // The dsn comes first, in two lines; the fault is on the last line.
+        let text = format!("{DSN}{broken}");
+        let expected = format!("config.yaml:{}:{expected}", text.lines().count());
+        assert_eq!(problems(&text, &[]), [expected], "{text}");
+    }
+}
+
+#[test]
+fn a_broken_database_section_is_named_too() {
+    let forms = "allowed: postgresql://user:password@host:5432/database, or host=... user=... password=... dbname=...";
+    let missing =
+        "database.dsn: missing; write the connection string here or in the environment as DATABASE_DSN";
+    let ok = "dsn: host=h";
+    let cases = [
+        (String::new(), format!("1:1: {missing}")),
+        ("logging: {}\ndatabase:\n".to_owned(), format!("2:1: {missing}")),
+        ("\n\nlogging: {}\n".to_owned(), format!("3:1: {missing}")),
+        ("database: { dsn: '' }".to_owned(), format!("1:18: database.dsn: is empty; {forms}")),
+        ("database: { dsn: 5 }".to_owned(), format!("1:18: database.dsn: not a connection string; {forms}")),
+        ("database: { dsn: u:hunter2@h }".to_owned(), format!("1:18: database.dsn: not a connection string; {forms}")),
+        ("database: { dsn: 'mysql://u:hunter2@h/d?x=y' }".to_owned(), format!("1:18: database.dsn: not a connection string; {forms}")),
+        ("database: { dsn: 'postgresql://u:hunter2 @h' }".to_owned(), format!("1:18: database.dsn: not a connection string; {forms}")),
+        (format!("database: {{ {ok}, listen_dsn: hunter2 }}"), format!("1:38: database.listen_dsn: not a connection string; {forms}")),
+        (format!("database: {{ {ok}, max_connections: 6 }}"), "1:43: database.max_connections: max_connections 6 is too small for 5 workers; allowed: at least 7 (workers + 2)".to_owned()),
+        (format!("database: {{ {ok}, max_connections: 0 }}"), "1:43: database.max_connections: 0 is out of range; allowed: 1 to 1000".to_owned()),
+        (format!("database: {{ {ok}, max_idle: 21 }}"), "1:36: database.max_idle: max_idle 21 is more than max_connections; allowed: 0 to 20".to_owned()),
+        ("database: { password: hunter2, dsn: host=h }".to_owned(), "1:13: database.password: unknown key; did you mean nats.password?".to_owned()),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(problems(&text, &[]), [format!("config.yaml:{expected}")], "{text}");
+    }
+}
+
+#[test]
+fn a_text_that_is_not_yaml_is_named_with_its_line() {
+    let cases = [
+        (
+            "a: [1,\nb: 2\n",
+            "3:1: not YAML: did not find expected ',' or ']', while parsing a flow sequence at line 1 column 4",
+        ),
+        (
+            "database:\n\tdsn: x\n",
+            "2:1: not YAML: found character that cannot start any token, while scanning for the next token",
+        ),
+        ("a: *nobody\n", "1:4: not YAML: unknown anchor"),
+        ("a: !tag b\n", "1:4: not YAML: a: invalid type: enum, expected a value without a tag"),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(problems(text, &[]), [format!("config.yaml:{expected}")], "{text}");
+    }
+    assert_eq!(
+        problems("just text", &[])[0],
+        "config.yaml:1:1: \"just text\" where a mapping of keys to values is due"
+    );
+    assert_eq!(problems("- a\n", &[])[0], "config.yaml:1:1: a list where a mapping of keys to values is due");
+    assert!(problems("a: 1\n---\nb: 2\n", &[])[0].starts_with("config.yaml: not YAML: "));
+}
+
+#[test]
+fn a_broken_environment_is_named_by_its_variable() {
+    let environment = [
+        ("DATABASE_DSN", "u:hunter2@h"),
+        ("NATS_URL", "http://u:hunter2@h"),
+        ("DISPATCHER_INSTANCE_ID", " x"),
+        ("LOG_LEVEL", "loud"),
+    ];
+    let forms = "allowed: postgresql://user:password@host:5432/database, or host=... user=... password=... dbname=...";
+    let mut found = problems("", &environment);
+    found.sort();
+    assert_eq!(
+        found,
+        [
+            format!("environment: DATABASE_DSN: not a connection string; {forms}"),
+            "environment: DISPATCHER_INSTANCE_ID: \" x\" is not an instance name; allowed: 1 to 63 printable ASCII characters, no blank at either end".to_owned(),
+            "environment: LOG_LEVEL: \"loud\" is not a level; allowed: error, warn, info, debug, trace".to_owned(),
+            "environment: NATS_URL: \"http://***@h\" has a scheme that is not nats or tls; allowed: nats://host:4222 or tls://host:4222".to_owned(),
+        ]
+    );
+}
+
+#[test]
+fn all_problems_come_at_once_in_the_order_of_the_file() {
+    let text = "metrics:\n  prot: 1\n  port: -1\nnats: { url: [ftp://h, nats://h, x] }\ndispatcher:\n  workers: 0\n  batch_size: 0\n";
+    let places: Vec<String> = problems(text, &[("LOG_LEVEL", "loud")])
+        .iter()
+        .map(|problem| problem.splitn(5, ':').take(4).collect::<Vec<&str>>().join(":"))
+        .collect();
+    assert_eq!(
+        places,
+        [
+            "config.yaml:1:1: database.dsn",
+            "config.yaml:2:3: metrics.prot",
+            "config.yaml:3:9: metrics.port",
+            "config.yaml:4:15: nats.url[0]",
+            "config.yaml:6:12: dispatcher.workers",
+            "config.yaml:7:15: dispatcher.batch_size",
+            "environment: LOG_LEVEL: \"loud\" is not a level; allowed: error, warn, info, debug, trace",
+        ]
+    );
+}
+
+#[test]
+fn a_flood_of_problems_is_cut_short() {
+    let text: String = (0..5_000).map(|n| format!("key-{n}: 1\n")).collect();
+    let found = problems(&format!("{DSN}{text}"), &[]);
+    assert_eq!(found.len(), 101);
+    assert_eq!(found[100], "config.yaml: and 4900 more");
+}
+
+#[test]
+fn aliases_are_followed() {
+    let text =
+        "database: { dsn: host=h, connect_timeout: &t 7s }\nnats: { ack_timeout: *t, connect_timeout: *t }";
+    let config = parse(text).unwrap();
+    assert_eq!(config.nats.ack_timeout, Duration::from_secs(7));
+    let text = "database: { dsn: host=h, connect_timeout: &t 7 }\nnats: { ack_timeout: *t }";
+    let keys = ["database.connect_timeout", "nats.ack_timeout"];
+    let expected = keys.map(|key| format!("config.yaml:1:43: {key}: 7 has no unit; write 7s for seconds"));
+    assert_eq!(problems(text, &[]), expected);
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let absent = folder.path().join("absent.yaml");
+    let error = Config::load(&absent).unwrap_err().to_string();
+    let expected = format!("{}: cannot be read: No such file or directory (os error 2)", absent.display());
+    assert_eq!(error, expected);
+
+    let binary = folder.path().join("binary.yaml");
+    std::fs::write(&binary, b"a: \xff\n").unwrap();
+    assert!(Config::load(&binary).unwrap_err().to_string().ends_with("stream did not contain valid UTF-8"));
+
+    let huge = folder.path().join("huge.yaml");
+    std::fs::write(&huge, " ".repeat(1_048_577)).unwrap();
+    assert!(Config::load(&huge).unwrap_err().to_string().ends_with("it has 1048577 bytes; allowed: 1048576"));
+}
+
+#[test]
+fn random_texts_do_not_panic() {
+    let pieces = [
+        "dispatcher",
+        "nats",
+        "database",
+        "topic_map",
+        "url",
+        "dsn",
+        "workers",
+        ": ",
+        ":\n  ",
+        "\n",
+        "{",
+        "}",
+        "[",
+        "]",
+        ", ",
+        "1",
+        "-1",
+        "1s",
+        "'",
+        "\"",
+        "&a ",
+        "*a",
+        "<<: ",
+        "a.*",
+        "nats://",
+        "@",
+        "~",
+        "é",
+        "host=",
+    ];
+    let mut random = fastrand::Rng::with_seed(3);
+    for _ in 0..20_000 {
+        let text: String = (0..random.usize(..20)).map(|_| pieces[random.usize(..pieces.len())]).collect();
+        if let Err(error) = parse(&text) {
+            assert!(
+                !error.problems().is_empty() && error.problems().iter().all(|line| !line.contains('\n')),
+                "{error}"
+            );
+        }
+    }
+}
