@@ -4,9 +4,10 @@
 //! linear in the metadata, and metadata is neither built into a tree nor walked recursively. What metadata
 //! may not do is set `Nats-*` headers (they are commands to the server: `Nats-Rollup` erases a stream) or
 //! ours, end its line and begin another, or carry the text of such a header inside a name or value.
-//! The last is no pedantry: nats-server 2.9 finds a header by the first textual match of its name anywhere in
-//! the block, so `X-Nats-Rollup: all`, or a value `a Nats-Rollup: all`, is a roll-up there. For the same
-//! reason our own headers come first, `Nats-Msg-Id` ahead of all.
+//! The last is no pedantry: nats-server 2.9 looks for a header by the first match of its name anywhere in the
+//! block, and takes it for absent if that match is not at the beginning of a line. So `X-Nats-Msg-Id: 1`, or
+//! the mere words in a value, would switch off deduplication if they came before the real header. For the
+//! same reason our own headers come first, `Nats-Msg-Id` ahead of all.
 //!
 //! A field whose name cannot be a header is left out; a value that cannot stand in a line is changed (a
 //! control character becomes a blank, the hyphen in `Nats-` becomes `_`); either way the event still goes, and
@@ -175,7 +176,7 @@ pub fn can_be_allowed(name: &str) -> Result<(), &'static str> {
     if !starts_with(name.as_bytes(), b"nats-") {
         return Err("only Nats-* headers need permission");
     }
-    // Beyond its beginning, the name must not hold a second one for a server that searches textually.
+    // Beyond its beginning, the name must not hold a second one: it would hide that one's header.
     let never = NEVER_FROM_METADATA.iter().any(|never| starts_with(name.as_bytes(), never.as_bytes()));
     if never || carries_header(&name["nats-".len()..]) {
         return Err("it decides where an event is stored, so metadata never sets it");
