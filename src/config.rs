@@ -13,6 +13,8 @@ mod values;
 mod yaml;
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -83,11 +85,14 @@ impl Config {
         let name = path.display().to_string();
         let unreadable =
             |why: &dyn fmt::Display| ConfigError { problems: vec![format!("{name}: cannot be read: {why}")] };
-        let size = std::fs::metadata(path).map_err(|error| unreadable(&error))?.len();
-        if size > MAX_FILE_BYTES {
-            return Err(unreadable(&format_args!("it has {size} bytes; allowed: {MAX_FILE_BYTES}")));
+        let mut text = String::new();
+        // One byte more than allowed tells a file that is too large, and bounds a device.
+        File::open(path)
+            .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text))
+            .map_err(|error| unreadable(&error))?;
+        if text.len() as u64 > MAX_FILE_BYTES {
+            return Err(unreadable(&format_args!("it is larger than {MAX_FILE_BYTES} bytes")));
         }
-        let text = std::fs::read_to_string(path).map_err(|error| unreadable(&error))?;
         Config::parse(&text, &name, |variable| {
             std::env::var_os(variable).map(|value| value.to_string_lossy().into_owned())
         })
