@@ -9,6 +9,7 @@ use postgres::{Client as Postgres, NoTls};
 use serde_json::json;
 
 use crate::harness::database::start_postgres;
+use crate::harness::stream::current_nats_server;
 use crate::harness::wire::Client;
 use crate::harness::{TestStream, wait_until};
 
@@ -120,6 +121,19 @@ fn further_config_reaches_nats_server() {
         "{:?}",
         client.errors
     );
+}
+
+/// The server that publishes batches whole or not at all: the one of the distribution may be too old for that.
+#[test]
+fn a_current_nats_server_runs_beside_the_one_of_the_distribution() {
+    let options = NatsOptions { program: Some(current_nats_server()), config: String::new() };
+    let server = Nats::start(&options).unwrap();
+    let stream = TestStream::on(&server.url(), &json!({"allow_atomic": true}));
+    assert_eq!(stream.info()["config"]["allow_atomic"], true);
+    let mut client = Client::connect(&server.url());
+    client.publish(&stream.subject("a"), "", "NATS/1.0\r\nNats-Msg-Id: 1\r\n\r\n", b"{}");
+    client.flush();
+    assert_eq!(stream.messages()[0].msg_id, "1");
 }
 
 #[test]

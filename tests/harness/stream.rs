@@ -1,5 +1,6 @@
 //! A stream of one's own, and reading it back.
 
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -9,6 +10,8 @@ use serde_json::{Value, json};
 use super::wire::{Client, Message};
 use super::{Evidence, unique};
 
+/// Names the program of [`current_nats_server`].
+const CURRENT_VAR: &str = "PG_OUTBOX_NATS_SERVER_CURRENT";
 /// Messages asked for at once when a stream is read back.
 const BATCH: u64 = 500;
 /// Longest wait for the next message of a stream that holds it.
@@ -20,6 +23,18 @@ const EVIDENCE_MESSAGES: usize = 10;
 pub fn shared_nats() -> &'static Nats {
     static NATS: OnceLock<Nats> = OnceLock::new();
     NATS.get_or_init(|| Nats::start(&NatsOptions::default()).unwrap_or_else(|error| panic!("{error:#}")))
+}
+
+/// A current nats-server, beside the one of the distribution: the program that tests/run.sh fetches.
+pub fn current_nats_server() -> PathBuf {
+    let fetched = concat!(env!("CARGO_MANIFEST_DIR"), "/target/servers/nats-server-2.15.1");
+    let program = std::env::var_os(CURRENT_VAR).map_or_else(|| PathBuf::from(fetched), PathBuf::from);
+    assert!(
+        program.is_file(),
+        "no {}: tests/run.sh fetches it, or name one with {CURRENT_VAR}",
+        program.display()
+    );
+    program
 }
 
 /// A stream of one's own on the shared server.
