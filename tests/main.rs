@@ -10,6 +10,7 @@ mod http;
 #![allow(unreachable_pub, reason = "nothing of a test binary can be reached from outside")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must end, and says where")]
 
+mod demo;
 mod harness;
 mod harness_test;
 mod sandbox;

@@ -1,0 +1,748 @@
+//! `pg-outbox demo`: the whole way of an event on private servers, counted at both ends.
+//!
+//! Starts a PostgreSQL, a nats-server and this same program as the dispatcher, between them nothing that a real
+//! installation would not have: the schema comes from `pg-outbox migrate`, the stream from `nats.jetstream.create`.
+//! Writers ([`WRITERS`] threads, each feeding a `psql`) insert orders and their events in one transaction and roll
+//! some of them back. This thread reads the stream and keeps the [`Account`]: it passes only if every event whose
+//! COMMIT was answered arrived once, in the order of its customer, and nothing that was rolled back did. Ctrl-C ends
+//! it at any time; the sandbox's guards see to it that servers and dispatcher end and their folders go, however this
+//! process ends. It touches nothing outside its folders, and reads no configuration but its own.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{JoinHandle, sleep};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::publisher::reader::{Stored, StreamReader};
+use crate::sandbox::{Guard, Nats, NatsOptions, Postgres, PostgresOptions};
+
+/// Connections that insert at the same time.
+const WRITERS: usize = 4;
+/// Customers of one writer. A customer's orders are one writer's, so that they have one order in time.
+const CUSTOMERS: usize = 25;
+/// Events of one order at most.
+const MAX_EVENTS: u64 = 3;
+/// What happens to an order, in this order: an event each.
+const TOPICS: [&str; MAX_EVENTS as usize] = ["order.placed", "order.paid", "order.shipped"];
+/// Of a hundred transactions, how many are rolled back.
+const ROLLBACK_PERCENT: u8 = 5;
+/// Name of the database, and of the stream.
+const DATABASE: &str = "demo";
+const STREAM: &str = "DEMO";
+/// Longest time without any new event before the demo gives up.
+const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// Longest wait for the dispatcher to become ready, and to drain at the end.
+const DISPATCHER_LIMIT: Duration = Duration::from_secs(60);
+/// How long the stream is watched for what should not come, once everything that should has come.
+const QUIET: Duration = Duration::from_millis(500);
+/// Time between two progress reports on a terminal, and elsewhere.
+const PROGRESS_TERMINAL: Duration = Duration::from_millis(200);
+const PROGRESS_LINES: Duration = Duration::from_secs(1);
+/// Lines of the dispatcher's log that a failure shows.
+const LOG_TAIL_LINES: usize = 20;
+/// Would lead the dispatcher away from its config file, or make it report to our service manager.
+const OVERRIDES: [&str; 7] = [
+    "DATABASE_DSN",
+    "NATS_URL",
+    "DISPATCHER_INSTANCE_ID",
+    "LOG_LEVEL",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+];
+
+/// What the demo does.
+#[derive(Debug, Clone, Copy)]
+pub struct DemoOptions {
+    /// Events to commit.
+    pub events: u64,
+    /// Leave servers and dispatcher running after the summary, until Ctrl-C.
+    pub keep: bool,
+}
+
+/// Runs the demo and prints its summary. True if everything that was committed was delivered exactly once, in order,
+/// and nothing that was rolled back was.
+///
+/// # Errors
+/// A missing server (with the command that installs it), a server or the dispatcher that ends early, Ctrl-C.
+pub fn run(options: DemoOptions) -> Result<bool> {
+    let stop = stop_flag()?;
+    say("starting a private PostgreSQL and a private nats-server");
+    let postgres = Postgres::start(&PostgresOptions::default())?;
+    let nats = Nats::start(&NatsOptions::default())?;
+    postgres.create_database(DATABASE)?;
+    say("starting the dispatcher");
+    let mut dispatcher = Dispatcher::start(&postgres, &nats)?;
+    sql(
+        &postgres,
+        "CREATE TABLE orders (id bigserial PRIMARY KEY, customer text NOT NULL, amount int NOT NULL)",
+    )?;
+    let mut account = Account::default();
+    let writers = deliver(options.events, &stop, &postgres, &nats, &mut dispatcher, &mut account)?;
+    let unpublished = sql(&postgres, "SELECT count(*) FROM outboxes WHERE published_at IS NULL")?;
+    let verdict = account.judge(&writers);
+    print!("\n{}", verdict.summary(&writers));
+    let mut failures = verdict.failures();
+    if unpublished.trim() != "0" {
+        failures.push(format!("{} events are not marked as published", unpublished.trim()));
+    }
+    if !options.keep && !dispatcher.drain()? {
+        failures.push("the dispatcher did not stop in order".into());
+    }
+    if failures.is_empty() {
+        say("passed: every committed event was delivered once and in order, and nothing else was");
+    } else {
+        say(&format!("FAILED: {}\n{}", failures.join(", "), dispatcher.log_tail()));
+    }
+    if options.keep {
+        keep(&stop, &postgres, &nats, &mut dispatcher)?;
+    }
+    Ok(failures.is_empty())
+}
+
+/// Set by SIGINT or SIGTERM. The second one ends the process at once; the guards still clean up behind it.
+fn stop_flag() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
+            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
+            .context("listen to signals")?;
+    }
+    Ok(stop)
+}
+
+/// Writes and reads until everything has arrived, and a moment longer; returns what the writers did.
+fn deliver(
+    events: u64,
+    stop: &Arc<AtomicBool>,
+    postgres: &Postgres,
+    nats: &Nats,
+    dispatcher: &mut Dispatcher,
+    account: &mut Account,
+) -> Result<Written> {
+    let reader = StreamReader::open(&nats.url(), STREAM)?;
+    say(&format!("{WRITERS} writers commit {} events", thousands(events)));
+    let committed = Arc::new(AtomicU64::new(0));
+    let writers: Vec<JoinHandle<Result<Written>>> = (0..WRITERS)
+        .map(|number| {
+            let share = events / WRITERS as u64 + u64::from((number as u64) < events % WRITERS as u64);
+            Writer { number, events: share, committed: committed.clone(), stop: stop.clone() }
+                .spawn(postgres.psql(DATABASE))
+        })
+        .collect::<Result<_>>()?;
+    let mut progress = Progress::new(events);
+    let mut news = Instant::now();
+    // Until all have come, or nothing comes any more, or writers gave up.
+    let gave_up =
+        || writers.iter().all(JoinHandle::is_finished) && committed.load(Ordering::Relaxed) < events;
+    while account.delivered < events && news.elapsed() < STALL_LIMIT && !gave_up() {
+        if stop.load(Ordering::Relaxed) {
+            progress.end(committed.load(Ordering::Relaxed), account.delivered);
+            bail!("interrupted: servers, dispatcher and their data are removed");
+        }
+        dispatcher.must_run()?;
+        if let Some(message) = reader.next(PROGRESS_TERMINAL)? {
+            account.take(&message)?;
+            news = Instant::now();
+        }
+        progress.show(committed.load(Ordering::Relaxed), account.delivered);
+    }
+    while let Some(message) = reader.next(QUIET)? {
+        account.take(&message)?;
+    }
+    progress.end(committed.load(Ordering::Relaxed), account.delivered);
+    let stalled = account.delivered < events && !writers.iter().all(JoinHandle::is_finished);
+    ensure!(!stalled, "the writers stall: {}", postgres.log_tail());
+    let mut written = Written::default();
+    for writer in writers {
+        // A panic there has printed its message already.
+        written.add(writer.join().map_err(|_| anyhow::anyhow!("a writer panicked"))??);
+    }
+    Ok(written)
+}
+
+/// Says where everything is, and waits for Ctrl-C.
+fn keep(stop: &AtomicBool, postgres: &Postgres, nats: &Nats, dispatcher: &mut Dispatcher) -> Result<()> {
+    let dsn = postgres.dsn(DATABASE);
+    println!(
+        "\nstill running, until Ctrl-C:\n\
+         \x20 postgres    psql '{dsn}'\n\
+         \x20 nats        {}  (stream {STREAM}, subjects demo.>)\n\
+         \x20 dispatcher  http://{}/  (/ready, /metrics)\n\
+         \x20 its log     {}\n\
+         an event of your own:\n\
+         \x20 psql '{dsn}' -c \"INSERT INTO outboxes (topic, metadata, payload) \
+         VALUES ('order.placed', '{{\\\"ordering-key\\\": \\\"you\\\"}}', '{{\\\"hello\\\": 1}}')\"",
+        nats.url(),
+        dispatcher.address,
+        dispatcher.log_path().display(),
+    );
+    while !stop.load(Ordering::Relaxed) {
+        dispatcher.must_run()?;
+        sleep(PROGRESS_TERMINAL);
+    }
+    say("stopping");
+    ensure!(dispatcher.drain()?, "the dispatcher did not stop in order:\n{}", dispatcher.log_tail());
+    Ok(())
+}
+
+/// This program as a child process: `pg-outbox run`.
+#[derive(Debug)]
+struct Dispatcher {
+    child: Child,
+    folder: PathBuf,
+    address: SocketAddr,
+    /// Last: dropped after the child has ended, it removes the folder.
+    _guard: Guard,
+}
+
+impl Dispatcher {
+    /// Migrates the database, starts the dispatcher and waits until it is ready.
+    fn start(postgres: &Postgres, nats: &Nats) -> Result<Dispatcher> {
+        let folder = tempfile::Builder::new().prefix("pg-outbox-demo-").tempdir().context("make a folder")?;
+        let mut guard = Guard::over(folder.path(), "KILL")?;
+        let folder = folder.keep();
+        let config = folder.join("config.yaml");
+        fs::write(&config, config_yaml(postgres, nats)).context("write the dispatcher's config")?;
+        let program = std::env::current_exe().context("find this program")?;
+        let command = |name: &str| {
+            let mut command = Command::new(&program);
+            command.arg(name).arg("--config").arg(&config).process_group(0).stdin(Stdio::null());
+            for name in OVERRIDES {
+                command.env_remove(name);
+            }
+            command
+        };
+        let output = command("migrate").output().context("run pg-outbox migrate")?;
+        ensure!(output.status.success(), "pg-outbox migrate: {}", String::from_utf8_lossy(&output.stderr));
+        let log = File::create(folder.join("log")).context("create the dispatcher's log")?;
+        let child = command("run").stdout(Stdio::null()).stderr(log).spawn().context("run the dispatcher")?;
+        guard.watch(child.id())?;
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut dispatcher = Dispatcher { child, folder, address: nowhere, _guard: guard };
+        dispatcher.wait_ready()?;
+        Ok(dispatcher)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + DISPATCHER_LIMIT;
+        loop {
+            self.must_run()?;
+            if let Some(address) = listening(&self.log()) {
+                self.address = address;
+                if ready(address) {
+                    return Ok(());
+                }
+            }
+            ensure!(Instant::now() < deadline, "the dispatcher is not ready:\n{}", self.log_tail());
+            sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// An error once it has ended.
+    fn must_run(&mut self) -> Result<()> {
+        match self.child.try_wait().context("look after the dispatcher")? {
+            None => Ok(()),
+            Some(status) => bail!("the dispatcher ended ({status}):\n{}", self.log_tail()),
+        }
+    }
+
+    /// Asks it to drain; true if it ended as it should.
+    fn drain(&mut self) -> Result<bool> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        let pid = pid.context("process id of the dispatcher")?;
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).context("stop the dispatcher")?;
+        let deadline = Instant::now() + DISPATCHER_LIMIT;
+        loop {
+            if let Some(status) = self.child.try_wait().context("wait for the dispatcher")? {
+                return Ok(status.success());
+            }
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder.join("log")
+    }
+
+    fn log(&self) -> String {
+        fs::read(self.log_path())
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let skip = log.lines().count().saturating_sub(LOG_TAIL_LINES);
+        let lines: Vec<&str> = log.lines().skip(skip).collect();
+        format!("the end of its log:\n{}", lines.join("\n"))
+    }
+}
+
+impl Drop for Dispatcher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn config_yaml(postgres: &Postgres, nats: &Nats) -> String {
+    format!(
+        r#"dispatcher: {{ instance_id: demo, workers: 4 }}
+database: {{ dsn: "{}" }}
+nats:
+  url: "{}"
+  jetstream: {{ stream_name: {STREAM}, create: true, subjects: ["demo.>"] }}
+  topic_map: {{ ">": "demo.>" }}
+logging: {{ level: info, format: text }}
+metrics: {{ address: 127.0.0.1, port: 0 }}
+"#,
+        postgres.dsn(DATABASE),
+        nats.url()
+    )
+}
+
+/// The address in the log line `http listening: address=127.0.0.1:PORT`.
+fn listening(log: &str) -> Option<SocketAddr> {
+    let (_, rest) = log.split_once("http listening: address=")?;
+    rest.split_once(char::is_whitespace)?.0.parse().ok()
+}
+
+/// Whether `/ready` answers 200.
+fn ready(address: SocketAddr) -> bool {
+    let limit = Duration::from_secs(1);
+    let answer = TcpStream::connect_timeout(&address, limit).and_then(|mut stream| {
+        stream.set_read_timeout(Some(limit))?;
+        stream.write_all(b"GET /ready HTTP/1.0\r\n\r\n")?;
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer)?;
+        Ok(answer)
+    });
+    answer.is_ok_and(|answer| answer.ends_with(b" 200"))
+}
+
+/// One statement, and what it answers.
+fn sql(postgres: &Postgres, statement: &str) -> Result<String> {
+    let output = postgres.psql(DATABASE).args(["-At", "-c", statement]).output().context("run psql")?;
+    ensure!(output.status.success(), "{statement}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// One writer: a thread that feeds a `psql`, and one that reads what it answers.
+struct Writer {
+    number: usize,
+    /// Events to commit.
+    events: u64,
+    /// Events whose COMMIT was answered, by all writers.
+    committed: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+}
+
+/// What writers did.
+#[derive(Debug, Default)]
+struct Written {
+    /// By customer: how many events were committed, numbered from 1.
+    events: Vec<(String, u64)>,
+    transactions: u64,
+    /// Events that were inserted and rolled back.
+    rolled_back: u64,
+}
+
+impl Written {
+    fn add(&mut self, other: Written) {
+        self.events.extend(other.events);
+        self.transactions += other.transactions;
+        self.rolled_back += other.rolled_back;
+    }
+
+    fn committed(&self) -> u64 {
+        self.events.iter().map(|(_, count)| count).sum()
+    }
+}
+
+impl Writer {
+    fn spawn(self, mut psql: Command) -> Result<JoinHandle<Result<Written>>> {
+        psql.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        let mut psql = psql.spawn().context("run psql")?;
+        let answers = psql.stdout.take().context("psql has no stdout")?;
+        let committed = self.committed.clone();
+        // Ends with psql, which closes its stdout.
+        let counter = thread(&format!("demo-answers-{}", self.number), move || count(answers, &committed))?;
+        thread(&format!("demo-writer-{}", self.number), move || self.run(psql, counter))
+    }
+
+    /// Feeds psql to the end, waits for it, and compares what it answered with what was asked.
+    fn run(self, mut psql: Child, counter: JoinHandle<Result<u64>>) -> Result<Written> {
+        let mut stdin = psql.stdin.take().context("psql has no stdin")?;
+        // An error here is psql's end; why, it says itself.
+        let written = self.feed(&mut stdin);
+        drop(stdin);
+        let output = psql.wait_with_output().context("wait for psql")?;
+        ensure!(
+            output.status.success(),
+            "writer {}: {}",
+            self.number,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let written = written.context("write to psql")?;
+        let answered = counter.join().map_err(|_| anyhow::anyhow!("a reader of psql panicked"))??;
+        ensure!(
+            answered == written.committed(),
+            "psql answered {answered} of {} commits",
+            written.committed()
+        );
+        Ok(written)
+    }
+
+    fn feed(&self, psql: &mut impl Write) -> std::io::Result<Written> {
+        let mut written = Written {
+            events: (0..CUSTOMERS).map(|n| (format!("customer-{}", n * WRITERS + self.number), 0)).collect(),
+            ..Written::default()
+        };
+        let mut left = self.events;
+        while left > 0 && !self.stop.load(Ordering::Relaxed) {
+            let count = fastrand::u64(1..=MAX_EVENTS).min(left);
+            let (customer, last) = &mut written.events[fastrand::usize(0..CUSTOMERS)];
+            let rollback = fastrand::u8(0..100) < ROLLBACK_PERCENT;
+            psql.write_all(transaction(customer, *last, count, rollback).as_bytes())?;
+            if rollback {
+                written.rolled_back += count;
+            } else {
+                *last += count;
+                left -= count;
+                written.transactions += 1;
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// An order and its events in one transaction. psql echoes the number of events once COMMIT was answered.
+fn transaction(customer: &str, last: u64, count: u64, rollback: bool) -> String {
+    let amount = fastrand::u32(1..1_000);
+    let mut script =
+        format!("BEGIN;\nINSERT INTO orders (customer, amount) VALUES ('{customer}', {amount});\n");
+    for (n, topic) in (last + 1..=last + count).zip(TOPICS) {
+        // Infallible: it writes to a String.
+        let _ = writeln!(
+            script,
+            "INSERT INTO outboxes (topic, metadata, payload) VALUES ('{topic}', '{{\"ordering-key\": \"{customer}\"}}', \
+             jsonb_build_object('customer', '{customer}', 'n', {n}, 'amount', {amount}, 'rolled_back', {rollback}, \
+             'at_us', (extract(epoch FROM clock_timestamp()) * 1000000)::bigint));"
+        );
+    }
+    script += if rollback { "ROLLBACK;\n" } else { "COMMIT;\n" };
+    if !rollback {
+        let _ = writeln!(script, "\\echo {count}");
+    }
+    script
+}
+
+/// Adds up the numbers that psql echoes, here and for everybody.
+fn count(answers: impl Read, committed: &AtomicU64) -> Result<u64> {
+    let mut total = 0;
+    for line in BufReader::new(answers).lines() {
+        let line = line.context("read from psql")?;
+        let events: u64 = line.parse().with_context(|| format!("psql answered {line:?}"))?;
+        committed.fetch_add(events, Ordering::Relaxed);
+        total += events;
+    }
+    Ok(total)
+}
+
+fn thread<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<JoinHandle<Result<T>>> {
+    std::thread::Builder::new().name(name.into()).spawn(run).with_context(|| format!("start thread {name}"))
+}
+
+/// What an event of the demo says about itself.
+#[derive(Debug, Deserialize)]
+struct Payload {
+    customer: String,
+    /// Its number among the customer's committed events, from 1.
+    n: u64,
+    rolled_back: bool,
+    /// When it was inserted, by the database's clock, in microseconds since 1970.
+    at_us: i64,
+}
+
+/// What has arrived.
+#[derive(Debug, Default)]
+struct Account {
+    /// Different events that were to arrive, as far as they say so themselves.
+    delivered: u64,
+    duplicates: u64,
+    out_of_order: u64,
+    rolled_back: u64,
+    /// Customer and number of each.
+    seen: HashSet<(String, u64)>,
+    /// By customer: the highest number so far.
+    highest: HashMap<String, u64>,
+    latencies_us: Vec<i64>,
+    first_insert_us: Option<i64>,
+    last_stored_us: i64,
+}
+
+impl Account {
+    fn take(&mut self, message: &Stored) -> Result<()> {
+        let payload = serde_json::from_slice(&message.payload)
+            .with_context(|| format!("stream {STREAM}, message {}: not an event of the demo", message.seq))?;
+        self.arrived(payload, message.stored_at_ns / 1_000);
+        Ok(())
+    }
+
+    fn arrived(&mut self, event: Payload, stored_us: i64) {
+        if event.rolled_back {
+            self.rolled_back += 1;
+            return;
+        }
+        if !self.seen.insert((event.customer.clone(), event.n)) {
+            self.duplicates += 1;
+            return;
+        }
+        self.delivered += 1;
+        self.latencies_us.push(stored_us - event.at_us);
+        self.first_insert_us = Some(self.first_insert_us.map_or(event.at_us, |first| first.min(event.at_us)));
+        self.last_stored_us = self.last_stored_us.max(stored_us);
+        let highest = self.highest.entry(event.customer).or_insert(0);
+        if event.n < *highest {
+            self.out_of_order += 1;
+        }
+        *highest = event.n.max(*highest);
+    }
+
+    /// Compares with what the writers committed.
+    fn judge(mut self, written: &Written) -> Verdict {
+        let expected: u64 = written.committed();
+        let found = written
+            .events
+            .iter()
+            .map(|(customer, count)| {
+                (1..=*count).filter(|n| self.seen.contains(&(customer.clone(), *n))).count() as u64
+            })
+            .sum::<u64>();
+        self.latencies_us.sort_unstable();
+        let flow_us = self.last_stored_us - self.first_insert_us.unwrap_or(self.last_stored_us);
+        Verdict {
+            delivered: self.delivered,
+            lost: expected - found,
+            duplicates: self.duplicates,
+            out_of_order: self.out_of_order,
+            // What was never written at all counts with what was rolled back.
+            uncommitted: self.rolled_back + (self.delivered - found),
+            per_second: if flow_us > 0 { self.delivered as f64 * 1e6 / flow_us as f64 } else { 0.0 },
+            p50_us: percentile(&self.latencies_us, 50),
+            p99_us: percentile(&self.latencies_us, 99),
+        }
+    }
+}
+
+/// The value below or at which `percent` of the sorted values lie; 0 without values.
+fn percentile(sorted: &[i64], percent: usize) -> i64 {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0)
+}
+
+/// The summary.
+#[derive(Debug, PartialEq)]
+struct Verdict {
+    delivered: u64,
+    lost: u64,
+    duplicates: u64,
+    out_of_order: u64,
+    uncommitted: u64,
+    per_second: f64,
+    p50_us: i64,
+    p99_us: i64,
+}
+
+impl Verdict {
+    fn failures(&self) -> Vec<String> {
+        let faults = [
+            (self.lost, "lost"),
+            (self.duplicates, "delivered again"),
+            (self.out_of_order, "out of order"),
+            (self.uncommitted, "delivered and never committed"),
+        ];
+        let found = faults.iter().filter(|(count, _)| *count > 0);
+        found.map(|(count, fault)| format!("{} {fault}", thousands(*count))).collect()
+    }
+
+    fn summary(&self, written: &Written) -> String {
+        let milliseconds = |us: i64| format!("{:.1} ms", us as f64 / 1e3);
+        let rows = [
+            ("committed", thousands(written.committed())),
+            ("in transactions", thousands(written.transactions)),
+            ("rolled back", thousands(written.rolled_back)),
+            ("delivered", thousands(self.delivered)),
+            ("lost", thousands(self.lost)),
+            ("duplicates", thousands(self.duplicates)),
+            ("out of order per key", thousands(self.out_of_order)),
+            ("rolled back, delivered", thousands(self.uncommitted)),
+            ("events/s", thousands(self.per_second as u64)),
+            ("latency p50", milliseconds(self.p50_us)),
+            ("latency p99", milliseconds(self.p99_us)),
+        ];
+        let mut text = String::new();
+        for (name, value) in rows {
+            // Infallible: it writes to a String.
+            let _ = writeln!(text, "  {name:<24}{value:>12}");
+        }
+        text += "  (latency: from the INSERT to the stream, with the writers at full speed)\n\n";
+        text
+    }
+}
+
+/// A line that is updated in place on a terminal; elsewhere a new one each second.
+struct Progress {
+    events: u64,
+    on_terminal: bool,
+    began: Instant,
+    shown: Instant,
+}
+
+impl Progress {
+    fn new(events: u64) -> Progress {
+        let now = Instant::now();
+        Progress { events, on_terminal: std::io::stdout().is_terminal(), began: now, shown: now }
+    }
+
+    fn show(&mut self, committed: u64, delivered: u64) {
+        let every = if self.on_terminal { PROGRESS_TERMINAL } else { PROGRESS_LINES };
+        if self.shown.elapsed() >= every {
+            self.print(committed, delivered);
+        }
+    }
+
+    fn end(&mut self, committed: u64, delivered: u64) {
+        self.print(committed, delivered);
+        if self.on_terminal {
+            println!();
+        }
+    }
+
+    fn print(&mut self, committed: u64, delivered: u64) {
+        self.shown = Instant::now();
+        let [committed, delivered, events] = [committed, delivered, self.events].map(thousands);
+        let line = format!(
+            "{:>5.1} s  committed {committed}  delivered {delivered} of {events}",
+            self.began.elapsed().as_secs_f64()
+        );
+        if self.on_terminal {
+            print!("\r\x1b[K{line}");
+            // A terminal that is gone is no reason to end.
+            let _ = std::io::stdout().flush();
+        } else {
+            println!("{line}");
+        }
+    }
+}
+
+fn say(line: &str) {
+    println!("demo: {line}");
+}
+
+/// `1234567` as `1,234,567`.
+fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written() -> Written {
+        Written { events: vec![("a".into(), 3), ("b".into(), 1)], transactions: 3, rolled_back: 1 }
+    }
+
+    /// Judges events given as customer, number and rolled back, inserted at 1 s and stored at 2 s.
+    fn judge(events: &[(&str, u64, bool)]) -> [u64; 5] {
+        let mut account = Account::default();
+        for &(customer, n, rolled_back) in events {
+            let payload = Payload { customer: customer.into(), n, rolled_back, at_us: 1_000_000 };
+            account.arrived(payload, 2_000_000);
+        }
+        let verdict = account.judge(&written());
+        let faults = [verdict.lost, verdict.duplicates, verdict.out_of_order, verdict.uncommitted];
+        assert_eq!(verdict.failures().len(), faults.iter().filter(|count| **count > 0).count());
+        [verdict.delivered, faults[0], faults[1], faults[2], faults[3]]
+    }
+
+    #[test]
+    fn each_planted_fault_is_counted_as_what_it_is() {
+        let (a1, a2, a3, b1) = (("a", 1, false), ("a", 2, false), ("a", 3, false), ("b", 1, false));
+        assert_eq!(judge(&[a1, a2, b1, a3]), [4, 0, 0, 0, 0]);
+        assert_eq!(judge(&[b1, a1, a2, a3]), [4, 0, 0, 0, 0], "customers have no order among each other");
+        assert_eq!(judge(&[a1, a2, a3]), [3, 1, 0, 0, 0], "lost");
+        assert_eq!(judge(&[a1, a2, b1, a3, a1]), [4, 0, 1, 0, 0], "duplicated");
+        assert_eq!(judge(&[a2, a1, b1, a3]), [4, 0, 0, 1, 0], "out of order");
+        assert_eq!(judge(&[a1, a2, b1, a3, ("a", 3, true)]), [4, 0, 0, 0, 1], "rolled back");
+        assert_eq!(judge(&[a1, a2, b1, a3, ("a", 4, false)]), [5, 0, 0, 0, 1], "never written");
+        assert_eq!(
+            judge(&[a1, a2, a3, ("c", 1, false)]),
+            [4, 1, 0, 0, 1],
+            "a stranger does not stand in for b"
+        );
+    }
+
+    #[test]
+    fn the_rate_is_from_the_first_insert_to_the_last_arrival() {
+        let mut account = Account::default();
+        for (n, at_us, stored_us) in [(1, 1_000_000, 1_500_000), (2, 2_000_000, 3_000_000)] {
+            account.arrived(Payload { customer: "a".into(), n, rolled_back: false, at_us }, stored_us);
+        }
+        let verdict = account.judge(&Written { events: vec![("a".into(), 2)], ..Written::default() });
+        assert_eq!((verdict.per_second, verdict.p50_us, verdict.p99_us), (1.0, 500_000, 1_000_000));
+    }
+
+    #[test]
+    fn percentiles_are_values_that_occurred() {
+        let values: Vec<i64> = (1..=200).collect();
+        assert_eq!((percentile(&values, 50), percentile(&values, 99), percentile(&[], 50)), (100, 198, 0));
+        assert_eq!(percentile(&[7], 99), 7);
+    }
+
+    #[test]
+    fn numbers_are_grouped() {
+        let grouped = [0, 999, 1_000, 12_345, 1_234_567].map(thousands);
+        assert_eq!(grouped, ["0", "999", "1,000", "12,345", "1,234,567"]);
+    }
+
+    #[test]
+    fn the_address_is_read_from_a_whole_line_only() {
+        let line = "http listening: address=127.0.0.1:4711 path=/metrics\n";
+        assert_eq!(listening(line), Some(SocketAddr::from(([127, 0, 0, 1], 4711))));
+        assert_eq!(listening("http listening: address=127.0.0.1:47"), None);
+    }
+
+    #[test]
+    fn a_rolled_back_transaction_is_never_echoed_as_committed() {
+        assert!(transaction("c", 0, 2, false).ends_with("COMMIT;\n\\echo 2\n"));
+        assert!(transaction("c", 0, 2, true).ends_with("ROLLBACK;\n"));
+    }
+}
