@@ -1,12 +1,18 @@
 //! The harness tells the truth: its judge finds planted faults, its workload records what it did.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pg_outbox::sandbox::Stop;
 use serde_json::json;
 
 use crate::harness::daemon::{listening, sum_of_samples};
+use crate::harness::database::start_postgres;
 use crate::harness::wire::{Client, Message};
-use crate::harness::{self, Committed, Stored, Verdict, Workload, check_history, wait_until};
+use crate::harness::workload::writers_until;
+use crate::harness::{
+    self, Committed, History, Stored, TestDb, Verdict, Workload, check_history, wait_until,
+};
 
 fn committed() -> Vec<Committed> {
     let event = |key: &str, n: u64| Committed {
@@ -80,6 +86,33 @@ fn the_workload_records_exactly_what_is_in_the_table() {
     assert!(history.rolled_back > 0);
     assert_eq!(history.committed.len(), 400);
 
+    assert_recorded(&db, history);
+}
+
+#[test]
+fn the_workload_records_the_truth_across_restarts_of_the_database() {
+    let mut postgres = start_postgres();
+    let db = TestDb::on(&postgres);
+    let workload = Workload { writers: 4, keys: 20, events: usize::MAX, ..Workload::default() };
+    let stop = AtomicBool::new(false);
+    let history = std::thread::scope(|scope| {
+        let writers = scope.spawn(|| writers_until(&db.dsn, &workload, &stop));
+        for end in [Stop::Immediate, Stop::Fast, Stop::Immediate] {
+            let before = db.pending();
+            let what = "the writers write";
+            wait_until(what, Duration::from_secs(20), &[&postgres], || db.pending() > before + 200);
+            postgres.stop(end).unwrap();
+            postgres.start_again().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        writers.join().unwrap()
+    });
+    assert!(history.committed.len() > 600);
+    assert_recorded(&db, history);
+}
+
+/// The recorded events are the rows of the table, and their numbers have the order of `seq`.
+fn assert_recorded(db: &TestDb, history: History) {
     let rows = db
         .client()
         .query("SELECT id::text, seq, payload->>'key', (payload->>'n')::int8 FROM outboxes ORDER BY seq", &[])
