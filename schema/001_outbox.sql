@@ -1,0 +1,392 @@
+-- The outbox: the table that applications insert into, the lanes that pg-outbox claims, and the functions
+-- both use. Needs PostgreSQL 14 or later and a role that may create in the schema; everything lands in the
+-- first schema of the search_path. Apply it with either of
+--
+--     psql -v ON_ERROR_STOP=1 -f schema/001_outbox.sql
+--     pg-outbox migrate
+--
+-- The second run changes nothing and locks nothing, so that it can be part of every deployment; two runs at
+-- once wait for each other. All of it happens in one transaction.
+--
+-- What an ordering key is, is decided here once, by the setting pg_outbox.order of the session that runs
+-- this: 'key' (the default: the metadata field "ordering-key", else the topic), 'topic', or 'all' (one
+-- order over every event). With psql: PGOPTIONS='-c pg_outbox.order=topic' psql ... -f ...
+
+BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+
+DO $check$
+BEGIN
+    IF current_setting('server_version_num')::int < 140000 THEN
+        RAISE EXCEPTION 'pg-outbox needs PostgreSQL 14 or later; this server is %', current_setting('server_version')
+            USING ERRCODE = 'feature_not_supported';
+    END IF;
+    IF current_schema() IS NULL THEN
+        RAISE EXCEPTION 'no schema to create the outbox in: the search_path is %', current_setting('search_path')
+            USING ERRCODE = 'invalid_schema_name',
+                  HINT = 'Create the schema, or set search_path to one that exists.';
+    END IF;
+    -- Two migrations at once: the second waits here, and what follows finds the work done.
+    PERFORM pg_advisory_xact_lock(8247343699905503587);
+END
+$check$;
+
+DO $migration$
+DECLARE
+    ordering text := coalesce(nullif(current_setting('pg_outbox.order', true), ''), 'key');
+    key_expression text;
+    default_id text;
+    this_month date := (now() AT TIME ZONE 'UTC')::date;
+BEGIN
+    IF to_regclass(format('%I.outbox_schema', current_schema())) IS NOT NULL THEN
+        IF EXISTS (SELECT FROM outbox_schema WHERE version = 1) THEN
+            RETURN;
+        END IF;
+    END IF;
+
+    IF to_regclass(format('%I.outboxes', current_schema())) IS NOT NULL THEN
+        RAISE EXCEPTION 'schema % has a table outboxes that this migration did not create', current_schema()
+            USING ERRCODE = 'duplicate_table',
+                  HINT = 'Rename it, or install the outbox into a schema of its own.';
+    END IF;
+
+    -- The body must not be a constant, also for 'all': an index on a constant cannot be searched by lane.
+    key_expression := CASE ordering
+        WHEN 'key' THEN $$coalesce(metadata OPERATOR(pg_catalog.->>) 'ordering-key', topic)$$
+        WHEN 'topic' THEN 'topic'
+        WHEN 'all' THEN $$pg_catalog.left(topic, 0)$$
+    END;
+    IF key_expression IS NULL THEN
+        RAISE EXCEPTION 'pg_outbox.order is "%"; it must be key, topic or all', ordering
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+
+    CREATE TABLE IF NOT EXISTS outbox_schema (
+        version    int PRIMARY KEY,
+        applied_at timestamptz NOT NULL DEFAULT now()
+    );
+
+    -- Key and lane ---------------------------------------------------------------------------------------
+    --
+    -- The planner puts the bodies in place of the calls, so an INSERT pays for an expression, not for a
+    -- function. They name nothing outside pg_catalog: they run in the writer's session, whose search_path
+    -- is anything, and in a restore, whose search_path is empty. The lane repeats the key's expression for
+    -- that reason. md5, as hashtext may change with a major version, and a lane that changes hides events.
+
+    EXECUTE format($sql$
+        CREATE FUNCTION outbox_key(topic text, metadata jsonb) RETURNS text
+        LANGUAGE sql IMMUTABLE PARALLEL SAFE
+        RETURN %s
+    $sql$, key_expression);
+
+    EXECUTE format($sql$
+        CREATE FUNCTION outbox_lane(topic text, metadata jsonb) RETURNS int
+        LANGUAGE sql IMMUTABLE PARALLEL SAFE
+        RETURN pg_catalog.get_byte(pg_catalog.decode(pg_catalog.md5(%s), 'hex'), 0) OPERATOR(pg_catalog.&) 63
+    $sql$, key_expression);
+
+    -- A time-ordered id (RFC 9562, version 7): neighbours in time are neighbours in the primary key, so a
+    -- settle touches few of its pages. The text is 48 bits of milliseconds, the digit 7, 12 bits of the
+    -- fraction of the millisecond, and the second half of a random id, which carries the variant.
+    IF current_setting('server_version_num')::int >= 180000 THEN
+        default_id := 'pg_catalog.uuidv7()';
+    ELSE
+        CREATE FUNCTION outbox_uuid() RETURNS uuid
+        LANGUAGE sql VOLATILE PARALLEL SAFE
+        RETURN overlay(
+            lpad(to_hex(floor(date_part('epoch', clock_timestamp()) * 4096000)::bigint), 15, '0')
+                || right(encode(uuid_send(gen_random_uuid()), 'hex'), 16)
+            PLACING '7' FROM 13 FOR 0
+        )::uuid;
+        COMMENT ON FUNCTION outbox_uuid() IS 'A time-ordered id (UUID version 7)';
+        default_id := 'outbox_uuid()';
+    END IF;
+
+    -- The table ------------------------------------------------------------------------------------------
+
+    EXECUTE format($sql$
+        CREATE TABLE outboxes (
+            id              uuid         NOT NULL DEFAULT %s,
+            seq             bigserial    NOT NULL,
+            created_at      timestamptz  NOT NULL DEFAULT now(),
+            topic           varchar(255) NOT NULL,
+            metadata        jsonb,
+            payload         jsonb        NOT NULL,
+            published_at    timestamptz,
+            attempts        int          DEFAULT 0,
+            last_error      text,
+            next_attempt_at timestamptz,
+            dead_at         timestamptz,
+            PRIMARY KEY (id, created_at),
+            CONSTRAINT outboxes_metadata_is_object
+                CHECK (jsonb_typeof(metadata) = 'object'),
+            -- The collation makes the classes those of ASCII, which are the ones NATS looks at.
+            CONSTRAINT outboxes_topic_is_literal_subject
+                CHECK (topic COLLATE "C" ~ '^[^.*>[:space:][:cntrl:]]+([.][^.*>[:space:][:cntrl:]]+)*$')
+        ) PARTITION BY RANGE (created_at)
+    $sql$, default_id);
+
+    -- What claims search. The planner must never have a choice: a claim's plan is kept for the life of its
+    -- connection, and one made while a partition is empty would find any index as good as the other. So
+    -- each search in a claim implies the predicate of one of these indexes and of no other; the odd form of
+    -- the third one's is for that. None is on published_at, topic or attempts: it would cost every settle.
+    --
+    -- Fresh events, neither published nor dead nor in retry: the hot one. An event that is published at its
+    -- first attempt is never in the others.
+    CREATE INDEX outboxes_fresh_by_lane
+        ON outboxes (outbox_lane(topic, metadata), seq)
+        WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NULL;
+
+    -- Events in retry by the time they are due.
+    CREATE INDEX outboxes_retry_by_lane
+        ON outboxes (outbox_lane(topic, metadata), next_attempt_at)
+        WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL;
+
+    -- Events in retry by the key they hold. A key can be longer than an index entry; its md5 stands for it.
+    CREATE INDEX outboxes_retry_by_key
+        ON outboxes (md5(outbox_key(topic, metadata)), seq)
+        WHERE published_at IS NULL AND dead_at IS NULL AND isfinite(next_attempt_at) IS NOT NULL;
+
+    -- Dead letters by the key they hold, and for the operator who lists them.
+    CREATE INDEX outboxes_dead_by_key
+        ON outboxes (md5(outbox_key(topic, metadata)), seq)
+        WHERE published_at IS NULL AND dead_at IS NOT NULL;
+
+    -- Takes what no monthly partition takes, so that an insert never fails for want of one. Vacuum: an event
+    -- is inserted once and updated once, and what the update leaves behind is what the next claim walks
+    -- over, so it should go early, not when a fifth of a month is dead. fillfactor would not help: the
+    -- settle changes a column that an index mentions, so no update of it can be HOT.
+    CREATE TABLE outboxes_default PARTITION OF outboxes DEFAULT
+        WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+              autovacuum_analyze_scale_factor = 0.05);
+
+    -- Privileges: INSERT on the table is all that a writer needs. The rest, which an INSERT calls in the
+    -- writer's name, is open to everybody, also where the default privileges are not.
+    GRANT USAGE ON SEQUENCE outboxes_seq_seq TO PUBLIC;
+    GRANT EXECUTE ON FUNCTION outbox_key(text, jsonb), outbox_lane(text, jsonb) TO PUBLIC;
+    IF default_id = 'outbox_uuid()' THEN
+        GRANT EXECUTE ON FUNCTION outbox_uuid() TO PUBLIC;
+    END IF;
+
+    -- The lanes ------------------------------------------------------------------------------------------
+    --
+    -- A claim locks rows of this table and never changes them.
+
+    CREATE TABLE outbox_lanes (
+        lane int PRIMARY KEY CHECK (lane BETWEEN 0 AND 63)
+    );
+    INSERT INTO outbox_lanes SELECT lane FROM generate_series(0, 63) AS lane;
+
+    -- The wake-up ----------------------------------------------------------------------------------------
+    --
+    -- A statement on the table notifies once, and PostgreSQL folds the notifications of a transaction into
+    -- one. Optional: without it pg-outbox polls. (A transaction that notifies cannot be prepared for
+    -- two-phase commit.)
+
+    CREATE FUNCTION outbox_notify() RETURNS trigger
+    LANGUAGE plpgsql AS $body$
+    BEGIN
+        PERFORM pg_catalog.pg_notify('outbox_events', '');
+        RETURN NULL;
+    END
+    $body$;
+
+    CREATE TRIGGER outboxes_notify AFTER INSERT ON outboxes
+        FOR EACH STATEMENT EXECUTE FUNCTION outbox_notify();
+
+    -- Partitions and retention ---------------------------------------------------------------------------
+
+    -- Makes the partition of the month that `month` lies in, and returns its name; does nothing when it is
+    -- there. Months begin at midnight UTC whatever the session's time zone.
+    --
+    -- CREATE TABLE ... PARTITION OF would wait behind every open claim, with new claims queueing behind it.
+    -- Here the table is made aside, and only the last step needs a lock that claims are in the way of (on
+    -- the DEFAULT partition; inserts into other partitions never wait). That is tried for 250 ms at a time
+    -- with pauses in between, in which claims go on, and given up with an error after 8 tries.
+    --
+    -- Rows of that month which are in the DEFAULT partition move in the same transaction. While they move,
+    -- and while ATTACH reads the rest of DEFAULT to see that none is left, claims wait; a CHECK constraint
+    -- could spare that reading, but adding it reads as much. DEFAULT is empty where partitions are made in
+    -- time.
+    CREATE FUNCTION create_monthly_partition(parent text, month date) RETURNS text
+    LANGUAGE plpgsql
+    SET timezone = 'UTC'
+    SET datestyle = 'ISO'
+    SET lock_timeout = '250ms'
+    AS $body$
+    DECLARE
+        tries CONSTANT int := 8;
+        parent_table regclass := to_regclass(parent);
+        parent_schema name;
+        default_partition regclass;
+        existing regclass;
+        lower_bound timestamptz;
+        upper_bound timestamptz;
+        partition name;
+        partition_of_schema text;
+    BEGIN
+        IF parent_table IS NULL THEN
+            RAISE EXCEPTION 'table % does not exist', coalesce(quote_literal(parent), 'NULL')
+                USING ERRCODE = 'undefined_table';
+        END IF;
+        IF month IS NULL OR NOT month BETWEEN '1970-01-01' AND '9999-11-30' THEN
+            RAISE EXCEPTION 'month % is not between 1970-01-01 and 9999-11-30', coalesce(month::text, 'NULL')
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        IF pg_get_partkeydef(parent_table) IS DISTINCT FROM 'RANGE (created_at)' THEN
+            RAISE EXCEPTION 'table % is not partitioned by RANGE (created_at)', parent_table
+                USING ERRCODE = 'wrong_object_type';
+        END IF;
+
+        lower_bound := date_trunc('month', month::timestamp);
+        upper_bound := lower_bound + interval '1 month';
+        SELECT n.nspname, c.relname || to_char(lower_bound, '"_"YYYY"_"MM')
+          INTO parent_schema, partition
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.oid = parent_table;
+        partition_of_schema := format('%I.%I', parent_schema, partition);
+        SELECT nullif(partdefid, 0) INTO default_partition
+          FROM pg_partitioned_table WHERE partrelid = parent_table;
+
+        -- Two callers at once: the second waits (for as long as lock_timeout allows) and finds it done.
+        PERFORM pg_advisory_xact_lock(1869968482, parent_table::oid::bigint::bit(32)::int);
+        existing := to_regclass(partition_of_schema);
+        IF existing IS NOT NULL THEN
+            IF EXISTS (SELECT FROM pg_inherits WHERE inhrelid = existing AND inhparent = parent_table) THEN
+                RETURN partition;
+            END IF;
+            RAISE EXCEPTION 'table % exists and is not a partition of %', existing, parent_table
+                USING ERRCODE = 'duplicate_table', HINT = 'Rename it, or attach it by hand.';
+        END IF;
+
+        FOR try IN 1 .. tries LOOP
+            BEGIN
+                IF default_partition IS NOT NULL THEN
+                    EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', default_partition);
+                END IF;
+                EXECUTE format(
+                    'CREATE TABLE %s (LIKE %s INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES'
+                    ' INCLUDING STORAGE INCLUDING COMPRESSION)'
+                    ' WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,'
+                    ' autovacuum_analyze_scale_factor = 0.05)',
+                    partition_of_schema, parent_table);
+                IF default_partition IS NOT NULL THEN
+                    EXECUTE format('WITH moved AS (DELETE FROM %s WHERE created_at >= %L AND created_at < %L'
+                                   ' RETURNING *) INSERT INTO %s SELECT * FROM moved',
+                                   default_partition, lower_bound, upper_bound, partition_of_schema);
+                END IF;
+                EXECUTE format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)',
+                               parent_table, partition_of_schema, lower_bound, upper_bound);
+                RETURN partition;
+            EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+                IF try = tries THEN
+                    RAISE EXCEPTION 'partition % not made: its locks were not free in % tries', partition, tries
+                        USING ERRCODE = 'lock_not_available',
+                              HINT = 'A transaction that reads or writes the outbox stays open; try again later.';
+                END IF;
+            END;
+            PERFORM pg_sleep(0.1 * try);
+        END LOOP;
+    END
+    $body$;
+
+    -- Deletes published events that were both created and published more than `days` days ago, at most
+    -- 10,000 of them, and returns how many: call it until it returns less than 10,000. (A function cannot
+    -- commit, and one big DELETE would hold back vacuum and replicas.) Pending events and dead letters
+    -- stay, however old. created_at lets it read the old partitions alone.
+    CREATE FUNCTION cleanup_old_outbox_events(days int DEFAULT 30) RETURNS bigint
+    LANGUAGE plpgsql
+    SET enable_hashjoin = off
+    SET enable_mergejoin = off
+    AS $body$
+    DECLARE
+        batch CONSTANT int := 10000;
+        before timestamptz;
+        deleted bigint;
+    BEGIN
+        IF days IS NULL OR days < 0 THEN
+            RAISE EXCEPTION 'days is %; it must be 0 or more', coalesce(days::text, 'NULL')
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        before := now() - make_interval(days => days);
+        WITH old AS MATERIALIZED (
+            SELECT id, created_at
+              FROM outboxes
+             WHERE created_at < before AND published_at < before
+             LIMIT batch
+               FOR UPDATE SKIP LOCKED
+        )
+        DELETE FROM outboxes o
+         USING old
+         WHERE o.id = old.id AND o.created_at = old.created_at AND o.published_at < before;
+        GET DIAGNOSTICS deleted = ROW_COUNT;
+        RETURN deleted;
+    END
+    $body$;
+
+    -- They work from any session, also where the schema is not on its search_path.
+    EXECUTE format('ALTER FUNCTION create_monthly_partition(text, date) SET search_path = pg_catalog, %I, pg_temp',
+                   current_schema());
+    EXECUTE format('ALTER FUNCTION cleanup_old_outbox_events(int) SET search_path = pg_catalog, %I, pg_temp',
+                   current_schema());
+
+    FOR month IN 0 .. 3 LOOP
+        PERFORM create_monthly_partition('outboxes', (this_month + make_interval(months => month))::date);
+    END LOOP;
+
+    -- Comments -------------------------------------------------------------------------------------------
+
+    COMMENT ON TABLE outboxes IS
+        'Transactional outbox. Writers INSERT (topic, metadata, payload) in the transaction of their business rows; pg-outbox publishes each event to NATS and marks it published.';
+    COMMENT ON COLUMN outboxes.id IS
+        'Identity of the event, the Nats-Msg-Id it is deduplicated by; rows with the same id are the same event';
+    COMMENT ON COLUMN outboxes.seq IS 'Order of the events of a key';
+    COMMENT ON COLUMN outboxes.created_at IS 'Time of the writing transaction; decides the partition';
+    COMMENT ON COLUMN outboxes.topic IS
+        'What happened, as a literal NATS subject (user.created); the topic map may make another subject of it';
+    COMMENT ON COLUMN outboxes.metadata IS
+        'JSON object or NULL; its fields become NATS headers, and "ordering-key" is the event''s key';
+    COMMENT ON COLUMN outboxes.payload IS 'Body of the message';
+    COMMENT ON COLUMN outboxes.published_at IS 'When NATS had the event; NULL: not published';
+    COMMENT ON COLUMN outboxes.attempts IS 'Publish attempts that NATS judged; an outage counts for none';
+    COMMENT ON COLUMN outboxes.last_error IS 'Why the last attempt failed; NULL once published';
+    COMMENT ON COLUMN outboxes.next_attempt_at IS
+        'Set while the event is in retry: not tried before this time, and later events of its key wait';
+    COMMENT ON COLUMN outboxes.dead_at IS 'When the event became a dead letter, which is not tried again';
+    COMMENT ON INDEX outboxes_fresh_by_lane IS 'What claims read: pending events of a lane, not in retry, in order';
+    COMMENT ON INDEX outboxes_retry_by_lane IS 'Events in retry by the time they are due';
+    COMMENT ON INDEX outboxes_retry_by_key IS 'Events in retry by the key they hold';
+    COMMENT ON INDEX outboxes_dead_by_key IS 'Dead letters by key';
+    COMMENT ON CONSTRAINT outboxes_metadata_is_object ON outboxes IS
+        'Metadata becomes headers, so it is a JSON object or NULL';
+    COMMENT ON CONSTRAINT outboxes_topic_is_literal_subject ON outboxes IS
+        'NATS takes tokens separated by dots: no empty token, blank, control character or wildcard';
+    COMMENT ON TABLE outboxes_default IS 'Events that no monthly partition takes; empty where those are made in time';
+    COMMENT ON TABLE outbox_lanes IS 'One row for each lane of keys; a claim locks the row, and nothing changes it';
+    COMMENT ON TABLE outbox_schema IS 'Migrations applied';
+    COMMENT ON FUNCTION outbox_key(text, jsonb) IS 'The ordering key of an event';
+    COMMENT ON FUNCTION outbox_lane(text, jsonb) IS 'The lane of an event''s key, 0 to 63';
+    COMMENT ON FUNCTION outbox_notify() IS 'Wakes pg-outbox up when the transaction commits';
+    COMMENT ON FUNCTION create_monthly_partition(text, date) IS
+        'Makes the partition for the month of the date (UTC) if it is missing, and returns its name';
+    COMMENT ON FUNCTION cleanup_old_outbox_events(int) IS
+        'Deletes up to 10,000 published events older than that many days, and returns how many';
+
+    INSERT INTO outbox_schema (version) VALUES (1);
+END
+$migration$;
+
+-- A second run that asks for another order must not seem to have worked.
+DO $order$
+DECLARE
+    wanted text := nullif(current_setting('pg_outbox.order', true), '');
+    installed text := CASE outbox_key('t', '{"ordering-key": "k"}') WHEN 'k' THEN 'key' WHEN 't' THEN 'topic' ELSE 'all' END;
+BEGIN
+    IF wanted <> installed THEN
+        RAISE EXCEPTION 'events are ordered by "%" here; "%" was asked for', installed, wanted
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = 'The order is chosen once, by the first migration.';
+    END IF;
+END
+$order$;
+
+COMMIT;
