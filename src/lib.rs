@@ -9,4 +9,5 @@ pub mod systemd;
 pub mod headers;
 pub mod retry;
 pub mod sandbox;
+pub mod store;
 pub mod topic_map;

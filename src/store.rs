@@ -1,0 +1,995 @@
+//! PostgreSQL: the only file that names `postgres` and `r2d2`. It owns the connection pool, the claim and its
+//! settling, the LISTEN connection, and the numbers that gauges show.
+//!
+//! A claim is one open transaction. It locks lanes, then reads their events in a second statement, and stays
+//! open while they are published; the row locks on the lanes are what keeps every other claim off their keys,
+//! and they fall with the connection. Under READ COMMITTED a statement sees what was committed when it began,
+//! so a statement that locked and read at once could lock a lane that was settled a moment ago and still read
+//! its events as pending: two statements, never one.
+//!
+//! Every method blocks its caller, on any thread; nothing here logs above debug, as callers report an outage
+//! once. A connection that has seen any error is closed, never pooled again: what state its transaction is
+//! in, nobody knows. Dropping a claim rolls it back.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::DerefMut;
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::debug;
+use postgres::config::{Host, SslMode};
+use postgres::error::SqlState;
+use postgres::fallible_iterator::FallibleIterator;
+// The name that `to_sql_checked!` itself has for what `ToSql` writes to.
+use postgres::types::private::BytesMut;
+use postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
+use postgres::{Client, NoTls, Row, Statement};
+use r2d2::{HandleError, ManageConnection};
+use r2d2_postgres::PostgresConnectionManager;
+use uuid::Uuid;
+
+use crate::config::{Database, Secret};
+use crate::event::{Event, Outcome};
+
+/// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`.
+pub const LANES: i32 = 64;
+
+/// Longest `last_error` written, in characters; what is longer is cut.
+const LAST_ERROR_MAX_CHARS: usize = 2_000;
+/// Longest `application_name` PostgreSQL keeps, in bytes.
+const APPLICATION_NAME_MAX_BYTES: usize = 63;
+/// A statement of a claim, or any other but the backlog's, that runs longer is broken; the server ends it.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The backlog is worth this much and no more.
+const BACKLOG_TIMEOUT: Duration = Duration::from_secs(10);
+/// A peer that vanished is noticed within 60 s when idle, 30 s with bytes on their way.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 3;
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// What tokio-postgres takes for `keepalives_idle` when the DSN does not say.
+const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// The plans of a claim are part of the design. Each of its searches has exactly one index that fits; these
+/// keep the planner from preferring a scan or a hash where the tables looked empty when it planned. A plan
+/// is made once a connection, and neither compiled nor made anew for each set of parameters.
+const CLAIM_PLANS: &str = "SET LOCAL plan_cache_mode = force_generic_plan; \
+     SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; \
+     SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off";
+
+/// The migrations in order; each records its version in `outbox_schema` and does nothing the second time.
+const MIGRATIONS: &[(i32, &str)] = &[(1, include_str!("../schema/001_outbox.sql"))];
+
+/// What a claim does beyond its limits; the same for every claim of a store.
+#[derive(Debug, Clone)]
+pub struct ClaimSettings {
+    /// true: a settle is on disk when it returns (and wherever else the server's own setting wants it).
+    /// false: a crash of PostgreSQL may forget the last moment's settles, whose events are published again.
+    pub synchronous_commit: bool,
+    /// PostgreSQL ends a claim, and frees its lanes, when nothing was heard of it for this long.
+    pub idle_in_transaction_timeout: Duration,
+    /// An event waits for the earlier events of its key that are in retry.
+    pub ordered: bool,
+    /// An event waits for the earlier dead letters of its key. Means nothing unless `ordered`.
+    pub block_on_dead: bool,
+    /// Longest backoff there is: a retry that is due later than that from now is due, as clocks jump.
+    pub backoff_max: Duration,
+    /// Bytes of payload and metadata that one claim holds at most; a larger event comes alone.
+    pub max_claim_bytes: i64,
+}
+
+/// The pool and what is done with it. Cheap to clone; clones share the pool.
+#[derive(Clone)]
+pub struct Store {
+    pool: r2d2::Pool<Manager>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Where, for messages: `db:5432`.
+    address: String,
+    dsn: postgres::Config,
+    connect_timeout: Duration,
+    max_idle: u32,
+    settings: ClaimSettings,
+    /// Begins a claim's transaction, with its settings, in one round trip.
+    begin_claim: String,
+}
+
+/// What the pool holds right now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolState {
+    /// Open connections.
+    pub connections: u32,
+    /// Those of them that nobody uses.
+    pub idle: u32,
+}
+
+/// What waits in the outbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backlog {
+    /// Events neither published nor dead, those in retry included.
+    pub pending: i64,
+    /// Events in retry, due or not.
+    pub retrying: i64,
+    /// Dead letters.
+    pub dead: i64,
+    /// Age of the oldest pending event; zero when there is none.
+    pub lag: Duration,
+}
+
+/// What migrating did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Migrated {
+    /// Versions applied now, in order; empty when the schema was up to date.
+    pub applied: Vec<i32>,
+    /// Version of the schema now.
+    pub version: i32,
+}
+
+impl Store {
+    /// Reads the DSN and sets the pool up without connecting to anything.
+    ///
+    /// # Errors
+    /// The DSN is malformed or asks for TLS. The message never holds any of it.
+    pub fn new(database: &Database, instance_id: &str, settings: ClaimSettings) -> Result<Store, StoreError> {
+        let dsn = connection_config(&database.dsn, instance_id, database.connect_timeout)?;
+        // All written out: by default r2d2 keeps as many idle connections as it may open, asks each one
+        // whether it lives before handing it out, and logs every failure as an error. Its three threads
+        // open connections, and go on trying while there is none.
+        let pool = r2d2::Pool::builder()
+            .max_size(database.max_connections)
+            .min_idle(Some(0))
+            .test_on_check_out(false)
+            .max_lifetime(Some(Duration::from_secs(30 * 60)))
+            .idle_timeout(Some(Duration::from_secs(10 * 60)))
+            .connection_timeout(database.connect_timeout)
+            .error_handler(Box::new(LogAtDebug))
+            .build_unchecked(Manager { postgres: PostgresConnectionManager::new(dsn.clone(), NoTls) });
+        let shared = Shared {
+            address: address(&dsn),
+            dsn,
+            connect_timeout: database.connect_timeout,
+            max_idle: database.max_idle,
+            begin_claim: begin_claim(&settings),
+            settings,
+        };
+        Ok(Store { pool, shared: Arc::new(shared) })
+    }
+
+    /// Locks up to `max_lanes` lanes that have something to claim, looking from `first_lane` on and round to
+    /// it again, and reads up to `max_events` of their events, about as many of each lane. Lanes that other
+    /// claims hold are passed over. A claim that found nothing holds no connection.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses; nothing stays locked.
+    pub fn claim(&self, first_lane: i32, max_lanes: i32, max_events: i32) -> Result<Claim, StoreError> {
+        let ClaimSettings { ordered, block_on_dead, max_claim_bytes, .. } = self.shared.settings;
+        let block_on_dead = ordered && block_on_dead;
+        let backoff_max_ms = milliseconds(self.shared.settings.backoff_max);
+        let max_events = max_events.max(1);
+        let max_lanes = max_lanes.clamp(1, LANES.min(max_events));
+        let first_lane = first_lane.rem_euclid(LANES);
+
+        // Held by the claim from here on, so that every way out ends the transaction.
+        let mut connection = self.connection()?;
+        connection.batch(&self.shared.begin_claim)?;
+        let mut claim =
+            Claim { connection: Some(connection), lanes: Vec::new(), events: Vec::new(), more: false };
+
+        let rows = claim
+            .query(&LOCK_LANES, &[&first_lane, &max_lanes, &ordered, &block_on_dead, &backoff_max_ms])?;
+        claim.lanes = read_all(&rows, |row| row.try_get(0))?;
+        if claim.lanes.is_empty() {
+            return claim.release_empty();
+        }
+        let rows = claim.query(
+            &READ_EVENTS,
+            &[&claim.lanes.clone(), &max_events, &ordered, &block_on_dead, &backoff_max_ms, &max_claim_bytes],
+        )?;
+        let read = read_all(&rows, read_event)?;
+        claim.more = claim.lanes.len() == usize_of(max_lanes)
+            || read.iter().any(Option::is_none)
+            || fills_a_lane(&read, &claim.lanes, usize_of(max_events));
+        claim.events = read.into_iter().flatten().collect();
+        // Within a lane the retries came first; a key's events go out in seq order.
+        claim.events.sort_by_key(|event| (event.lane, event.seq));
+        if claim.events.is_empty() {
+            return claim.release_empty();
+        }
+        Ok(claim)
+    }
+
+    /// Time until the earliest event in retry is due, zero if one is; `None` when no event is in retry.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn next_due(&self) -> Result<Option<Duration>, StoreError> {
+        let backoff_max_ms = milliseconds(self.shared.settings.backoff_max);
+        let rows = self.read(STATEMENT_TIMEOUT, &NEXT_DUE, &[&backoff_max_ms])?;
+        let due_ms: Option<i64> = first(&rows, |row| row.try_get(0))?;
+        Ok(due_ms.map(|ms| Duration::from_millis(ms.max(0).unsigned_abs())))
+    }
+
+    /// Counts what waits. Costs about 0.1 s of PostgreSQL for a million pending events, more where vacuum
+    /// has not been; the server gives up after 10 s.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach, refuses, or needed more than 10 s (SQLSTATE 57014).
+    pub fn backlog(&self) -> Result<Backlog, StoreError> {
+        let rows = self.read(BACKLOG_TIMEOUT, &BACKLOG, &[])?;
+        first(&rows, |row| {
+            let lag_us: i64 = row.try_get::<_, Option<i64>>(3)?.unwrap_or(0);
+            Ok(Backlog {
+                pending: row.try_get(0)?,
+                retrying: row.try_get(1)?,
+                dead: row.try_get(2)?,
+                lag: Duration::from_micros(lag_us.max(0).unsigned_abs()),
+            })
+        })
+    }
+
+    /// Asks PostgreSQL for an answer.
+    ///
+    /// # Errors
+    /// It gave none.
+    pub fn ping(&self) -> Result<(), StoreError> {
+        self.connection()?.batch("SELECT 1")
+    }
+
+    /// The server's version as a number: 150004 is 15.4.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn server_version(&self) -> Result<i32, StoreError> {
+        let rows = self.read(STATEMENT_TIMEOUT, &SERVER_VERSION, &[])?;
+        first(&rows, |row| row.try_get(0))
+    }
+
+    /// What the schema lacks, each with the command that adds it; empty when the schema is complete.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn schema_problems(&self) -> Result<Vec<String>, StoreError> {
+        let rows = self.read(STATEMENT_TIMEOUT, &SCHEMA_PROBLEMS, &[])?;
+        let mut missing: Vec<String> = read_all(&rows, |row| row.try_get(0))?;
+        if !missing.iter().any(|what| what == "table outbox_lanes") {
+            let rows = self.read(STATEMENT_TIMEOUT, &MISSING_LANES, &[])?;
+            let lanes: i64 = first(&rows, |row| row.try_get(0))?;
+            if lanes > 0 {
+                missing.push(format!("{lanes} of {LANES} rows of table outbox_lanes"));
+            }
+        }
+        Ok(missing.into_iter().map(|what| format!("{what} is missing; run `pg-outbox migrate`")).collect())
+    }
+
+    /// Open and idle connections of the pool.
+    pub fn pool_state(&self) -> PoolState {
+        let state = self.pool.state();
+        PoolState { connections: state.connections, idle: state.idle_connections }
+    }
+
+    /// Where the server is, for messages: `db:5432`.
+    pub fn address(&self) -> &str {
+        &self.shared.address
+    }
+
+    /// A connection of its own, outside the pool, that LISTENs on `outbox_events`; to `dsn` if given (around
+    /// a transaction pooler, where LISTEN does not work), else to the store's own.
+    ///
+    /// # Errors
+    /// The DSN is malformed, or PostgreSQL is out of reach or refuses.
+    pub fn listener(&self, dsn: Option<&Secret>) -> Result<Listener, StoreError> {
+        let own = &self.shared.dsn;
+        let config = match dsn {
+            Some(dsn) => {
+                let name = own.get_application_name().unwrap_or_default();
+                connection_config(dsn, name.trim_start_matches("pg-outbox/"), self.shared.connect_timeout)?
+            }
+            None => own.clone(),
+        };
+        let mut client = connect(&config)?;
+        client.batch_execute("LISTEN outbox_events").map_err(|error| StoreError::from(&error))?;
+        Ok(Listener { client })
+    }
+
+    /// Brings the schema up to date over a connection of its own. `order` is what a key is (`key`, `topic`
+    /// or `all`), chosen by the first migration; `None` is `key` then, and whatever it is later.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach, too old (below 14), or refuses; the schema is in another order. Nothing
+    /// of a failed migration stays.
+    pub fn migrate(database: &Database, order: Option<&str>) -> Result<Migrated, StoreError> {
+        let mut client = connect(&connection_config(&database.dsn, "migrate", database.connect_timeout)?)?;
+        let before = schema_version(&mut client)?;
+        let sql = |error: postgres::Error| StoreError::from(&error);
+        client
+            .execute("SELECT set_config('pg_outbox.order', $1, false)", &[&order.unwrap_or_default()])
+            .map_err(sql)?;
+        for (_, text) in MIGRATIONS {
+            client.batch_execute(text).map_err(sql)?;
+        }
+        let version = schema_version(&mut client)?;
+        let applied = MIGRATIONS.iter().map(|(version, _)| *version).filter(|version| *version > before);
+        Ok(Migrated { applied: applied.collect(), version })
+    }
+
+    /// Takes a connection from the pool, waiting for up to `connect_timeout`.
+    fn connection(&self) -> Result<Connection, StoreError> {
+        let pooled = self.pool.get().map_err(|error| {
+            // The cause in it is our own text; a pool that is merely used up has none.
+            let text = error.to_string();
+            let waited = self.shared.connect_timeout;
+            let address = &self.shared.address;
+            match text.split_once(": ") {
+                Some((_, cause)) => {
+                    StoreError::lost(format!("no connection to postgres at {address} within {waited:?}: {cause}"))
+                }
+                None => StoreError::lost(format!(
+                    "no connection to postgres at {address} within {waited:?}: {} of {} in use, or the server does not answer",
+                    self.pool.state().connections,
+                    self.pool.max_size(),
+                )),
+            }
+        })?;
+        Ok(Connection { pooled, pool: self.pool.clone(), max_idle: self.shared.max_idle })
+    }
+
+    /// Runs one reading statement in a transaction with a timeout.
+    fn read(
+        &self,
+        timeout: Duration,
+        query: &Query,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        let mut connection = self.connection()?;
+        connection.batch(&format!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SET LOCAL statement_timeout = {}; {CLAIM_PLANS}",
+            milliseconds(timeout)
+        ))?;
+        let rows = connection.query(query, params)?;
+        connection.batch("COMMIT")?;
+        Ok(rows)
+    }
+}
+
+/// Lanes locked plus their events read, in one open transaction. Ends by [`Claim::settle`], by
+/// [`Claim::release`], or by being dropped, which releases it too.
+pub struct Claim {
+    /// `None` once the transaction has ended.
+    connection: Option<Connection>,
+    /// The lanes locked; empty when there was nothing to claim.
+    pub lanes: Vec<i32>,
+    events: Vec<Event>,
+    more: bool,
+}
+
+impl Claim {
+    /// The events read, for whoever publishes them; by lane, each lane in `seq` order. Empty the second time.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// True when nothing was found to claim.
+    pub fn is_empty(&self) -> bool {
+        self.lanes.is_empty()
+    }
+
+    /// True when this claim may have left something for the next one, as one of its limits cut it short:
+    /// claim again at once. (False while only lanes that other claims hold have more.)
+    pub fn more(&self) -> bool {
+        self.more
+    }
+
+    /// Writes what became of the events and commits, in at most three statements. An event without an outcome
+    /// stays as it is, like an `Untouched` one.
+    ///
+    /// # Errors
+    /// The connection was lost or PostgreSQL refuses: nothing of the claim is settled, and what was published
+    /// will be published again (a lost COMMIT may have happened all the same).
+    pub fn settle<'e>(
+        mut self,
+        outcomes: impl IntoIterator<Item = (&'e Event, &'e Outcome)>,
+    ) -> Result<Settled, StoreError> {
+        let mut writes = Writes::default();
+        for (event, outcome) in outcomes {
+            writes.add(event, outcome);
+        }
+        let Some(mut connection) = self.connection.take() else {
+            return Ok(Settled { missed: writes.len(), ..Settled::default() });
+        };
+        let settled = writes.apply(&mut connection)?;
+        connection.batch("COMMIT")?;
+        Ok(settled)
+    }
+
+    /// Rolls the claim back: nothing was attempted, and the next claim may have its lanes.
+    ///
+    /// # Errors
+    /// The connection was lost, which releases the claim as well.
+    pub fn release(mut self) -> Result<(), StoreError> {
+        match self.connection.take() {
+            Some(mut connection) => connection.batch("ROLLBACK"),
+            None => Ok(()),
+        }
+    }
+
+    /// Rolls back a claim that has found nothing and returns it as an empty one.
+    fn release_empty(mut self) -> Result<Claim, StoreError> {
+        let more = self.more;
+        if let Some(mut connection) = self.connection.take() {
+            connection.batch("ROLLBACK")?;
+        }
+        Ok(Claim { connection: None, lanes: Vec::new(), events: Vec::new(), more })
+    }
+
+    fn query(&mut self, query: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
+        match self.connection.as_mut() {
+            Some(connection) => connection.query(query, params),
+            None => Err(StoreError::lost("the claim has ended".into())),
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(mut connection) = self.connection.take()
+            && let Err(error) = connection.batch("ROLLBACK")
+        {
+            debug!("rollback of a dropped claim failed; its connection is closed: {error}");
+        }
+    }
+}
+
+/// What a settle changed, in events.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settled {
+    /// Marked published.
+    pub published: u64,
+    /// Put into retry.
+    pub retried: u64,
+    /// Made dead letters.
+    pub dead: u64,
+    /// Not written, as the row was no longer pending: settled, buried or deleted by somebody else meanwhile.
+    pub missed: u64,
+}
+
+/// A connection that hears when a transaction with new events commits.
+pub struct Listener {
+    client: Client,
+}
+
+impl Listener {
+    /// Waits until at least one notification has come, for `timeout` at most, and takes all that are there.
+    /// Returns whether there was one.
+    ///
+    /// # Errors
+    /// The connection was lost; the listener is of no further use.
+    pub fn wait(&mut self, timeout: Duration) -> Result<bool, StoreError> {
+        let lost = |error: postgres::Error| StoreError::from(&error);
+        let woken = self.client.notifications().timeout_iter(timeout).next().map_err(lost)?.is_some();
+        while self.client.notifications().iter().next().map_err(lost)?.is_some() {}
+        // A closed connection reads like one on which nothing happens.
+        if self.client.is_closed() {
+            return Err(StoreError::lost("the LISTEN connection was closed".into()));
+        }
+        Ok(woken)
+    }
+}
+
+/// Why PostgreSQL did not do something. Displays as `SQLSTATE: message (detail)` where it is the server's word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreError {
+    text: String,
+    sqlstate: Option<String>,
+    connection_lost: bool,
+}
+
+impl StoreError {
+    /// The server's five-character code, if the server answered at all.
+    pub fn sqlstate(&self) -> Option<&str> {
+        self.sqlstate.as_deref()
+    }
+
+    /// True when there is no connection, or the server is going away: an outage of PostgreSQL. False when it
+    /// judged the statement.
+    pub fn is_connection_lost(&self) -> bool {
+        self.connection_lost
+    }
+
+    fn lost(text: String) -> StoreError {
+        StoreError { text, sqlstate: None, connection_lost: true }
+    }
+
+    fn refused(text: String) -> StoreError {
+        StoreError { text, sqlstate: None, connection_lost: false }
+    }
+}
+
+/// The one place where an error of the driver becomes text: its own text is often just `db error`.
+impl From<&postgres::Error> for StoreError {
+    fn from(error: &postgres::Error) -> StoreError {
+        let Some(db) = error.as_db_error() else {
+            let mut text = error.to_string();
+            let mut cause = std::error::Error::source(error);
+            while let Some(inner) = cause {
+                text = format!("{text}: {inner}");
+                cause = inner.source();
+            }
+            return StoreError::lost(text);
+        };
+        let detail = db.detail().map(|detail| format!(" ({detail})")).unwrap_or_default();
+        let code = db.code().code();
+        // Class 08: connection exceptions. 57P01 to 57P05: the server ends, starts or kills the session;
+        // 25P03: idle_in_transaction_session_timeout did. 53300: too many connections.
+        let connection_lost = code.starts_with("08")
+            || code.starts_with("57P")
+            || [SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT, SqlState::TOO_MANY_CONNECTIONS]
+                .contains(db.code());
+        StoreError {
+            text: format!("{code}: {}{detail}", db.message()),
+            sqlstate: Some(code.to_owned()),
+            connection_lost,
+        }
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for StoreError {}
+
+/// A statement of `store/*.sql`, prepared once a connection.
+struct Query {
+    name: &'static str,
+    text: &'static str,
+}
+
+macro_rules! query {
+    ($name:literal) => {
+        Query { name: $name, text: include_str!(concat!("store/", $name, ".sql")) }
+    };
+}
+
+const LOCK_LANES: Query = query!("lock_lanes");
+const READ_EVENTS: Query = query!("read_events");
+const SETTLE_PUBLISHED: Query = query!("settle_published");
+const SETTLE_RETRIED: Query = query!("settle_retried");
+const SETTLE_DEAD: Query = query!("settle_dead");
+const NEXT_DUE: Query = query!("next_due");
+const BACKLOG: Query = query!("backlog");
+const SCHEMA_PROBLEMS: Query = query!("schema_problems");
+const MISSING_LANES: Query = query!("missing_lanes");
+const SERVER_VERSION: Query = query!("server_version");
+
+/// A connection on loan from the pool. It goes back unless it is doomed or the pool has enough idle ones.
+struct Connection {
+    pooled: r2d2::PooledConnection<Manager>,
+    pool: r2d2::Pool<Manager>,
+    max_idle: u32,
+}
+
+impl Connection {
+    fn batch(&mut self, text: &str) -> Result<(), StoreError> {
+        self.attempt(|session| session.client.batch_execute(text))
+    }
+
+    fn query(&mut self, query: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
+        self.attempt(|session| {
+            let statement = session.prepared(query)?;
+            session.client.query(&statement, params)
+        })
+    }
+
+    fn execute(&mut self, query: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<u64, StoreError> {
+        self.attempt(|session| {
+            let statement = session.prepared(query)?;
+            session.client.execute(&statement, params)
+        })
+    }
+
+    /// Every use of the client goes through here: any error dooms the connection.
+    fn attempt<T>(
+        &mut self,
+        work: impl FnOnce(&mut Session) -> Result<T, postgres::Error>,
+    ) -> Result<T, StoreError> {
+        let session = self.pooled.deref_mut();
+        let result = work(session);
+        session.doomed |= result.is_err();
+        result.map_err(|error| StoreError::from(&error))
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // r2d2 has no limit on idle connections. Two that return at the same time may both find room.
+        self.pooled.doomed |= self.pool.state().idle_connections >= self.max_idle;
+    }
+}
+
+/// What the pool keeps: a client, its prepared statements, and whether it may be used again.
+struct Session {
+    client: Client,
+    doomed: bool,
+    statements: HashMap<&'static str, Statement>,
+}
+
+impl Session {
+    fn prepared(&mut self, query: &Query) -> Result<Statement, postgres::Error> {
+        if let Some(statement) = self.statements.get(query.name) {
+            return Ok(statement.clone());
+        }
+        let statement = self.client.prepare(query.text)?;
+        self.statements.insert(query.name, statement.clone());
+        Ok(statement)
+    }
+}
+
+struct Manager {
+    postgres: PostgresConnectionManager<NoTls>,
+}
+
+impl ManageConnection for Manager {
+    type Connection = Session;
+    type Error = StoreError;
+
+    fn connect(&self) -> Result<Session, StoreError> {
+        let client = self.postgres.connect().map_err(|error| StoreError::from(&error))?;
+        Ok(Session { client, doomed: false, statements: HashMap::new() })
+    }
+
+    fn is_valid(&self, session: &mut Session) -> Result<(), StoreError> {
+        self.postgres.is_valid(&mut session.client).map_err(|error| StoreError::from(&error))
+    }
+
+    fn has_broken(&self, session: &mut Session) -> bool {
+        session.doomed || self.postgres.has_broken(&mut session.client)
+    }
+}
+
+/// The caller who waits for a connection reports why there is none, once; r2d2 would at every try.
+#[derive(Debug)]
+struct LogAtDebug;
+
+impl HandleError<StoreError> for LogAtDebug {
+    fn handle_error(&self, error: StoreError) {
+        debug!("connect to postgres failed, will try again: {error}");
+    }
+}
+
+/// `timestamptz` as PostgreSQL keeps it, microseconds since 2000-01-01 UTC, so that what is read comes back
+/// exactly: also `infinity`, and years that date types refuse.
+#[derive(Debug, Clone, Copy)]
+struct Timestamp(i64);
+
+impl FromSql<'_> for Timestamp {
+    fn from_sql(_: &Type, raw: &[u8]) -> Result<Timestamp, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Timestamp(i64::from_be_bytes(raw.try_into()?)))
+    }
+
+    accepts!(TIMESTAMPTZ);
+}
+
+impl ToSql for Timestamp {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        out.extend_from_slice(&self.0.to_be_bytes());
+        Ok(IsNull::No)
+    }
+
+    accepts!(TIMESTAMPTZ);
+    to_sql_checked!();
+}
+
+/// The rows of a settle, by statement and column.
+#[derive(Default)]
+struct Writes {
+    published: Rows,
+    retried: Rows,
+    dead: Rows,
+}
+
+#[derive(Default)]
+struct Rows {
+    ids: Vec<Uuid>,
+    created_at: Vec<Timestamp>,
+    attempts: Vec<i32>,
+    delays_ms: Vec<i64>,
+    errors: Vec<String>,
+}
+
+impl Writes {
+    fn add(&mut self, event: &Event, outcome: &Outcome) {
+        match outcome {
+            Outcome::Published => self.published.add(event),
+            Outcome::Retry { attempts, delay_ms, error } => {
+                self.retried.add(event);
+                self.retried.delays_ms.push(*delay_ms);
+                self.retried.add_attempt(*attempts, error);
+            }
+            Outcome::Dead { attempts, error } => {
+                self.dead.add(event);
+                self.dead.add_attempt(*attempts, error);
+            }
+            Outcome::Untouched => {}
+        }
+    }
+
+    fn len(&self) -> u64 {
+        (self.published.ids.len() + self.retried.ids.len() + self.dead.ids.len()) as u64
+    }
+
+    fn apply(&self, connection: &mut Connection) -> Result<Settled, StoreError> {
+        let Writes { published, retried, dead } = self;
+        let mut settled = Settled::default();
+        if !published.ids.is_empty() {
+            settled.published =
+                connection.execute(&SETTLE_PUBLISHED, &[&published.ids, &published.created_at])?;
+        }
+        if !retried.ids.is_empty() {
+            let Rows { ids, created_at, attempts, delays_ms, errors } = retried;
+            settled.retried =
+                connection.execute(&SETTLE_RETRIED, &[ids, created_at, attempts, delays_ms, errors])?;
+        }
+        if !dead.ids.is_empty() {
+            let Rows { ids, created_at, attempts, errors, .. } = dead;
+            settled.dead = connection.execute(&SETTLE_DEAD, &[ids, created_at, attempts, errors])?;
+        }
+        settled.missed = self.len().saturating_sub(settled.published + settled.retried + settled.dead);
+        Ok(settled)
+    }
+}
+
+impl Rows {
+    fn add(&mut self, event: &Event) {
+        self.ids.push(event.id);
+        self.created_at.push(Timestamp(event.created_at));
+    }
+
+    fn add_attempt(&mut self, attempts: u32, error: &str) {
+        self.attempts.push(i32::try_from(attempts).unwrap_or(i32::MAX));
+        self.errors.push(storable(error));
+    }
+}
+
+/// An error text that PostgreSQL takes: it stores no NUL, and a settle that it refuses would be tried for ever.
+fn storable(error: &str) -> String {
+    error.chars().take(LAST_ERROR_MAX_CHARS).map(|c| if c == '\0' { '\u{fffd}' } else { c }).collect()
+}
+
+/// One row of `read_events.sql`; `None` for the row that says that bytes cut the claim short.
+fn read_event(row: &Row) -> Result<Option<Event>, postgres::Error> {
+    let Some(payload) = row.try_get(9)? else {
+        return Ok(None);
+    };
+    Ok(Some(Event {
+        lane: row.try_get(0)?,
+        id: row.try_get(1)?,
+        seq: row.try_get(2)?,
+        created_at: row.try_get::<_, Timestamp>(3)?.0,
+        topic: row.try_get(4)?,
+        key: row.try_get(5)?,
+        attempts: u32::try_from(row.try_get::<_, i32>(6)?).unwrap_or(0),
+        in_retry: row.try_get(7)?,
+        metadata: row.try_get(8)?,
+        payload,
+    }))
+}
+
+/// Whether some lane gave all that its share of `max_events` lets it give, and so may have more. The shares
+/// are those of `read_events.sql`: the first lanes take what does not divide.
+fn fills_a_lane(read: &[Option<Event>], lanes: &[i32], max_events: usize) -> bool {
+    lanes.iter().enumerate().any(|(turn, lane)| {
+        let share = (max_events + lanes.len() - turn - 1) / lanes.len();
+        read.iter().flatten().filter(|event| event.lane == *lane).count() >= share
+    })
+}
+
+fn read_all<T>(
+    rows: &[Row],
+    read: impl Fn(&Row) -> Result<T, postgres::Error>,
+) -> Result<Vec<T>, StoreError> {
+    rows.iter().map(|row| read(row).map_err(|error| StoreError::from(&error))).collect()
+}
+
+fn first<T>(rows: &[Row], read: impl Fn(&Row) -> Result<T, postgres::Error>) -> Result<T, StoreError> {
+    let row = rows.first().ok_or_else(|| StoreError::refused("the server returned no row".into()))?;
+    read(row).map_err(|error| StoreError::from(&error))
+}
+
+/// Reads a DSN and adds to it what it does not say itself.
+fn connection_config(
+    dsn: &Secret,
+    instance_id: &str,
+    connect_timeout: Duration,
+) -> Result<postgres::Config, StoreError> {
+    let mut config: postgres::Config = dsn.expose().parse().map_err(|_| {
+        // The parser's own words may quote a part of what it could not read: a password with a special
+        // character in it, as likely as not.
+        StoreError::refused(
+            "the DSN is not one: write postgresql://user:password@host:5432/database?option=value, with \
+             special characters percent-encoded, or host=... user=... dbname=...; sslmode is disable or prefer"
+                .into(),
+        )
+    })?;
+    if config.get_ssl_mode() == SslMode::Require {
+        return Err(StoreError::refused(
+            "the DSN says sslmode=require, and connections over TLS are not supported yet: use sslmode=prefer or \
+             disable, and a private network or a local proxy that speaks TLS"
+                .into(),
+        ));
+    }
+    if config.get_application_name().is_none() {
+        config.application_name(&application_name(instance_id));
+    }
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(connect_timeout);
+    }
+    if config.get_tcp_user_timeout().is_none() {
+        config.tcp_user_timeout(TCP_USER_TIMEOUT);
+    }
+    if config.get_keepalives_idle() == KEEPALIVE_IDLE_UNSET {
+        config.keepalives_idle(KEEPALIVE_IDLE);
+    }
+    if config.get_keepalives_interval().is_none() {
+        config.keepalives_interval(KEEPALIVE_INTERVAL);
+    }
+    if config.get_keepalives_retries().is_none() {
+        config.keepalives_retries(KEEPALIVE_RETRIES);
+    }
+    config.notice_callback(|notice| debug!("postgres says: {}: {}", notice.severity(), notice.message()));
+    Ok(config)
+}
+
+/// `pg-outbox/<instance>`, cut to what PostgreSQL keeps, never within a character.
+fn application_name(instance_id: &str) -> String {
+    let mut name = format!("pg-outbox/{instance_id}");
+    while name.len() > APPLICATION_NAME_MAX_BYTES {
+        name.pop();
+    }
+    name
+}
+
+/// Where a DSN leads, without user and password.
+fn address(config: &postgres::Config) -> String {
+    let ports = config.get_ports();
+    let hosts = config.get_hosts().iter().enumerate().map(|(i, host)| {
+        let port = ports.get(i).or(ports.first()).copied().unwrap_or(5432);
+        match host {
+            Host::Tcp(name) => format!("{name}:{port}"),
+            Host::Unix(folder) => format!("{}:{port}", folder.display()),
+        }
+    });
+    hosts.collect::<Vec<_>>().join(",")
+}
+
+fn begin_claim(settings: &ClaimSettings) -> String {
+    // `on` would take from a server that is set to wait for its replicas.
+    let commit = if settings.synchronous_commit { "" } else { "; SET LOCAL synchronous_commit = off" };
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
+         SET LOCAL idle_in_transaction_session_timeout = {}; \
+         SET LOCAL statement_timeout = {}; {CLAIM_PLANS}{commit}",
+        milliseconds(settings.idle_in_transaction_timeout),
+        milliseconds(STATEMENT_TIMEOUT),
+    )
+}
+
+fn connect(config: &postgres::Config) -> Result<Client, StoreError> {
+    config.connect(NoTls).map_err(|error| {
+        let cause = StoreError::from(&error);
+        StoreError { text: format!("connect to postgres at {}: {cause}", address(config)), ..cause }
+    })
+}
+
+/// The highest version recorded; 0 before the first migration.
+fn schema_version(client: &mut Client) -> Result<i32, StoreError> {
+    let sql = |error: postgres::Error| StoreError::from(&error);
+    let table = client.query_one("SELECT to_regclass('outbox_schema') IS NOT NULL", &[]).map_err(sql)?;
+    if !table.get::<_, bool>(0) {
+        return Ok(0);
+    }
+    let row = client.query_one("SELECT coalesce(max(version), 0) FROM outbox_schema", &[]).map_err(sql)?;
+    Ok(row.get(0))
+}
+
+/// Whole milliseconds, rounded up; far beyond what PostgreSQL's settings take, capped at their maximum.
+fn milliseconds(duration: Duration) -> i64 {
+    i64::from(i32::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX))
+}
+
+fn usize_of(n: i32) -> usize {
+    usize::try_from(n).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(dsn: &str) -> Result<postgres::Config, StoreError> {
+        connection_config(&Secret::new(dsn), "node-1", Duration::from_secs(5))
+    }
+
+    #[test]
+    fn a_bad_dsn_never_shows_a_password() {
+        for dsn in [
+            "postgresql://user:hun?ter2=x@db/app",
+            "postgresql://user:hunter2@db:hunter2/app",
+            "host=db password=hunter2 hunter2=1",
+            "hunter2",
+            "postgresql://user:hunter2@db/app?sslmode=hunter2",
+        ] {
+            let error = parse(dsn).expect_err(dsn).to_string();
+            assert!(!error.contains("hunter2") && !error.contains("ter2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn tls_is_refused_in_words() {
+        let error = parse("postgresql://u:hunter2@db/app?sslmode=require").unwrap_err();
+        assert!(error.to_string().contains("sslmode=require"), "{error}");
+        assert!(!error.to_string().contains("hunter2"), "{error}");
+        assert!(parse("postgresql://u@db/app?sslmode=prefer").is_ok());
+    }
+
+    #[test]
+    fn the_dsn_has_the_last_word() {
+        let config = parse("host=db user=u").unwrap();
+        assert_eq!(config.get_application_name(), Some("pg-outbox/node-1"));
+        assert_eq!(config.get_connect_timeout(), Some(&Duration::from_secs(5)));
+        assert_eq!(config.get_keepalives_idle(), Duration::from_secs(30));
+        assert_eq!(config.get_keepalives_interval(), Some(Duration::from_secs(10)));
+        assert_eq!(config.get_keepalives_retries(), Some(3));
+        assert_eq!(config.get_tcp_user_timeout(), Some(&Duration::from_secs(30)));
+
+        let config = parse(
+            "host=db user=u application_name=mine connect_timeout=9 keepalives_idle=8 keepalives_interval=7 \
+             keepalives_retries=6 tcp_user_timeout=5",
+        )
+        .unwrap();
+        assert_eq!(config.get_application_name(), Some("mine"));
+        assert_eq!(config.get_connect_timeout(), Some(&Duration::from_secs(9)));
+        assert_eq!(config.get_keepalives_idle(), Duration::from_secs(8));
+        assert_eq!(config.get_keepalives_interval(), Some(Duration::from_secs(7)));
+        assert_eq!(config.get_keepalives_retries(), Some(6));
+        assert_eq!(config.get_tcp_user_timeout(), Some(&Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn an_application_name_fits_and_stays_text() {
+        assert_eq!(application_name("node-1"), "pg-outbox/node-1");
+        let long = application_name(&"ä".repeat(60));
+        assert!(long.len() <= 63 && long.ends_with('ä'), "{long}");
+    }
+
+    #[test]
+    fn addresses_name_hosts_alone() {
+        for (dsn, expected) in [
+            ("postgresql://user:hunter2@db/app", "db:5432"),
+            ("postgresql://user:hunter2@a:1,b:2/app", "a:1,b:2"),
+            ("host=/run/postgresql user=u", "/run/postgresql:5432"),
+        ] {
+            assert_eq!(address(&parse(dsn).unwrap()), expected);
+        }
+    }
+
+    #[test]
+    fn error_texts_can_be_stored() {
+        assert_eq!(storable("a\0b"), "a\u{fffd}b");
+        assert_eq!(storable(&"ä".repeat(5_000)).chars().count(), LAST_ERROR_MAX_CHARS);
+    }
+
+    #[test]
+    fn durations_are_whole_milliseconds() {
+        assert_eq!(milliseconds(Duration::from_micros(1)), 1);
+        assert_eq!(milliseconds(Duration::from_secs(30)), 30_000);
+        assert_eq!(milliseconds(Duration::MAX), i64::from(i32::MAX));
+    }
+}

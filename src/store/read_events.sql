@@ -1,0 +1,83 @@
+-- Reads the events of the lanes $1, which this transaction has locked.
+--
+-- Each of the k lanes gives up to its share of $2 events, $2 / k: due retries first, then fresh events that
+-- nothing holds back, both in seq order, so that what is left out of a key is always its tail. Together
+-- they stay within $6 bytes of payload and metadata; the very first event comes whatever its size. Where
+-- bytes cut a lane or the claim short, a row with a NULL payload says so.
+--
+-- Bytes are cut twice. Each lane first (`sized`), by the stored size, which costs nothing to know
+-- (compressed values count four times): what does not fit the lane's share of $6 is neither detoasted nor
+-- made text. Then all of them (`counted`), by the exact size of the text, which is made once: OFFSET 0
+-- keeps the planner from making it again.
+--
+-- $1 int[]: lanes. $2 int: events at most. $3, $4, $5: as in lock_lanes.sql. $6 bigint: bytes at most.
+  WITH held AS MATERIALIZED (
+       SELECT EXISTS (SELECT FROM outboxes
+                       WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL) AS by_retry,
+              $4::bool AND EXISTS (SELECT FROM outboxes
+                                    WHERE published_at IS NULL AND dead_at IS NOT NULL) AS by_dead)
+SELECT lane, id, seq, created_at, topic, key, attempts, in_retry, metadata,
+       CASE WHEN bytes_so_far <= $6 OR place = 1 THEN payload END AS payload
+  FROM (
+SELECT texts.*,
+       sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS bytes_so_far,
+       row_number() OVER (ROWS UNBOUNDED PRECEDING) AS place
+  FROM (
+SELECT printed.*, coalesce(octet_length(payload), 0) + coalesce(octet_length(metadata), 0) AS bytes
+  FROM (
+SELECT l.lane, e.id, e.seq, e.created_at, e.topic, outbox_key(e.topic, e.metadata) AS key,
+       coalesce(e.attempts, 0) AS attempts, e.next_attempt_at IS NOT NULL AS in_retry, e.metadata::text AS metadata,
+       CASE WHEN e.stored_so_far <= $6::bigint / cardinality($1) OR e.place = 1 THEN e.payload::text END AS payload
+  FROM unnest($1::int[]) WITH ORDINALITY AS l(lane, turn)
+ CROSS JOIN LATERAL (
+SELECT sized.*,
+       sum(stored) OVER (ROWS UNBOUNDED PRECEDING) AS stored_so_far,
+       row_number() OVER (ROWS UNBOUNDED PRECEDING) AS place
+  FROM (
+SELECT picked.*,
+       pg_column_size(payload) * CASE WHEN pg_column_compression(payload) IS NULL THEN 1 ELSE 4 END
+           + coalesce(pg_column_size(metadata), 0) AS stored
+  FROM (
+       (SELECT *
+          FROM (SELECT * FROM outboxes p
+                 WHERE outbox_lane(p.topic, p.metadata) = l.lane
+                   AND p.published_at IS NULL AND p.dead_at IS NULL AND p.next_attempt_at <= now()
+                UNION ALL
+                SELECT * FROM outboxes p
+                 WHERE outbox_lane(p.topic, p.metadata) = l.lane
+                   AND p.published_at IS NULL AND p.dead_at IS NULL
+                   AND p.next_attempt_at > now() + $5::bigint * interval '1 ms') AS o
+         WHERE (SELECT by_retry FROM held)
+           AND NOT ($3::bool AND EXISTS (
+               SELECT FROM outboxes r
+                WHERE md5(outbox_key(r.topic, r.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND r.seq < o.seq
+                  AND r.published_at IS NULL AND r.dead_at IS NULL AND isfinite(r.next_attempt_at) IS NOT NULL
+                  AND coalesce(r.next_attempt_at > now()
+                               AND r.next_attempt_at <= now() + $5::bigint * interval '1 ms', false)))
+           AND NOT ((SELECT by_dead FROM held) AND EXISTS (
+               SELECT FROM outboxes d
+                WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
+                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL))
+         ORDER BY o.seq
+         LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1))
+       UNION ALL
+       (SELECT *
+          FROM outboxes o
+         WHERE outbox_lane(o.topic, o.metadata) = l.lane
+           AND o.published_at IS NULL AND o.dead_at IS NULL AND o.next_attempt_at IS NULL
+           AND NOT ($3::bool AND (SELECT by_retry FROM held) AND EXISTS (
+               SELECT FROM outboxes r
+                WHERE md5(outbox_key(r.topic, r.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND r.seq < o.seq
+                  AND r.published_at IS NULL AND r.dead_at IS NULL AND isfinite(r.next_attempt_at) IS NOT NULL))
+           AND NOT ((SELECT by_dead FROM held) AND EXISTS (
+               SELECT FROM outboxes d
+                WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
+                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL))
+         ORDER BY o.seq
+         LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1))
+       LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1)
+       ) AS picked) AS sized) AS e
+ WHERE e.stored_so_far - e.stored <= $6::bigint / cardinality($1) OR e.place = 1
+OFFSET 0) AS printed
+OFFSET 0) AS texts) AS counted
+ WHERE bytes_so_far - bytes <= $6::bigint OR place = 1
