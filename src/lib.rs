@@ -1,4 +1,5 @@
 //! pg-outbox: publishes the events of a PostgreSQL outbox table to NATS.
+pub mod command;
 pub mod config;
 pub mod event;
 pub mod health;
