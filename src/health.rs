@@ -206,6 +206,12 @@ impl Verdict {
     }
 }
 
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.ok { f.write_str("ok") } else { f.write_str(&self.reasons.join("; ")) }
+    }
+}
+
 /// Does every thread of this process make progress? Nothing outside the process counts.
 pub fn live(facts: &Facts) -> Verdict {
     Verdict::of(facts.threads.iter().filter_map(|thread| stuck(thread, facts.draining)).collect())

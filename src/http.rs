@@ -12,6 +12,7 @@
 //! the first failing `accept`, and a request with `Content-Length: 99999999999999` makes it allocate that
 //! much and abort the process (0.12, `EqualReader::drop`).
 
+use std::convert::Infallible;
 use std::io::{self, Cursor, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -69,7 +70,7 @@ impl Http {
     ///
     /// # Errors
     /// If `poll` fails, which it does only for want of kernel memory.
-    pub fn run(self, stop: &Receiver<()>) -> Result<()> {
+    pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
         let heartbeat = self.pages.health.thread("http", HEARTBEAT_LIMIT);
         let mut clients: Vec<Client> = Vec::with_capacity(MAX_CLIENTS);
         let mut accept_after = Instant::now();

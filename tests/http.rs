@@ -1,5 +1,6 @@
 //! The HTTP server under real sockets: what it answers, and that no client keeps it from answering another.
 
+use std::convert::Infallible;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::thread::{self, JoinHandle};
@@ -16,7 +17,7 @@ struct Server {
     address: SocketAddr,
     health: Health,
     metrics: Metrics,
-    stop: Option<Sender<()>>,
+    stop: Option<Sender<Infallible>>,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
@@ -31,7 +32,7 @@ impl Server {
         let (health, metrics) = (Health::new(), Metrics::new());
         let http = Http::bind(&config, "dispatcher-1", health.clone(), metrics.clone()).unwrap();
         let address = http.address().unwrap();
-        let (stop, stopped) = crossbeam_channel::bounded(1);
+        let (stop, stopped) = crossbeam_channel::bounded(0);
         let thread = thread::spawn(move || http.run(&stopped));
         Server { address, health, metrics, stop: Some(stop), thread: Some(thread) }
     }

@@ -1,0 +1,274 @@
+//! What JetStream said to a publish or to a question about the stream, read from the bytes of its answer.
+//!
+//! Pure: bytes in, meaning out. The line that matters runs between a *rejection*, which judges one event, and an
+//! *outage*, in which NATS cannot judge any event now. Codes are those of nats-server's `errors.json`
+//! (<https://docs.nats.io/reference/jetstream/errors>); a code this file does not know is judged by its HTTP-like
+//! status: 5xx and 429 are outages, other ones rejections.
+
+use serde::Deserialize;
+
+/// The answer to one publish.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Stored in the stream, by this publish or (`duplicate`) by an earlier one with the same message id.
+    Stored {
+        /// JetStream had the message already.
+        duplicate: bool,
+    },
+    /// The event was judged and refused; what to do stands in `error`.
+    Refused {
+        /// NATS's words, with its code.
+        error: String,
+    },
+    /// Nobody listens on the subject at this moment: no stream takes it, or its leader is changing.
+    NoResponders,
+    /// JetStream cannot take events now.
+    Outage {
+        /// NATS's words, with its code.
+        cause: String,
+    },
+}
+
+/// Stream not found.
+const STREAM_NOT_FOUND: u32 = 10059;
+/// Storing failed: limits of the whole stream, or of one subject.
+const STORE_FAILED: u32 = 10077;
+/// Resource limits exceeded for the account.
+const ACCOUNT_RESOURCES_EXCEEDED: u32 = 10002;
+
+#[derive(Deserialize)]
+struct PublishAck {
+    error: Option<ApiError>,
+    stream: Option<String>,
+    #[serde(default)]
+    duplicate: bool,
+}
+
+#[derive(Deserialize)]
+struct ApiError {
+    #[serde(default)]
+    code: u32,
+    #[serde(default)]
+    err_code: u32,
+    #[serde(default)]
+    description: String,
+}
+
+impl ApiError {
+    fn text(&self) -> String {
+        format!("{} ({})", self.description, self.err_code)
+    }
+
+    /// Whether the error says that JetStream cannot judge events now.
+    fn is_outage(&self) -> bool {
+        match self.err_code {
+            STORE_FAILED => !self.description.contains("per subject"),
+            STREAM_NOT_FOUND | ACCOUNT_RESOURCES_EXCEEDED => true,
+            _ => self.code >= 500 || self.code == 429,
+        }
+    }
+}
+
+/// Reads the answer to a publish into the stream `expected`.
+///
+/// `None` when the bytes are no answer of JetStream's at all: then nothing was heard, and the ack times out.
+pub fn publish_answer(body: &[u8], no_responders: bool, expected: &str) -> Option<Answer> {
+    if no_responders {
+        return Some(Answer::NoResponders);
+    }
+    let ack: PublishAck = serde_json::from_slice(body).ok()?;
+    Some(match ack {
+        PublishAck { error: Some(error), .. } if error.is_outage() => Answer::Outage { cause: error.text() },
+        PublishAck { error: Some(error), .. } => Answer::Refused { error: error.text() },
+        PublishAck { stream: Some(stream), duplicate, .. } if stream == expected => {
+            Answer::Stored { duplicate }
+        }
+        PublishAck { stream: Some(stream), .. } => Answer::Refused {
+            error: format!(
+                "stored in stream {stream} instead of {expected}: give the subject to {expected} alone, \
+                 or map the topic elsewhere"
+            ),
+        },
+        PublishAck { stream: None, .. } => return None,
+    })
+}
+
+/// What we rely on of a stream, from `$JS.API.STREAM.INFO`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StreamFacts {
+    /// Subjects the stream takes, with wildcards.
+    pub subjects: Vec<String>,
+    /// Largest message in bytes; `None` without a limit of the stream's own.
+    pub max_msg_size: Option<usize>,
+    /// Largest stream in bytes; `None` without a limit.
+    pub max_bytes: Option<usize>,
+}
+
+impl StreamFacts {
+    /// Whether the stream takes messages on `subject`.
+    pub fn takes(&self, subject: &str) -> bool {
+        self.subjects.iter().any(|pattern| crate::topic_map::matches(pattern, subject))
+    }
+}
+
+#[derive(Deserialize)]
+struct StreamInfo {
+    error: Option<ApiError>,
+    config: Option<StreamConfig>,
+    cluster: Option<Cluster>,
+}
+
+#[derive(Deserialize)]
+struct StreamConfig {
+    #[serde(default)]
+    subjects: Vec<String>,
+    #[serde(default)]
+    max_msg_size: i64,
+    #[serde(default)]
+    max_bytes: i64,
+    #[serde(default)]
+    sealed: bool,
+    mirror: Option<serde_json::Value>,
+}
+
+#[derive(Deserialize)]
+struct Cluster {
+    #[serde(default)]
+    leader: String,
+}
+
+/// Reads the answer to `$JS.API.STREAM.INFO.<stream>` (or to `STREAM.CREATE`, which answers alike).
+///
+/// # Errors
+/// Why the stream cannot take events now: it is missing, it has no leader, or JetStream is not there.
+pub fn stream_answer(body: &[u8], no_responders: bool, stream: &str) -> Result<StreamFacts, String> {
+    if no_responders {
+        return Err(format!(
+            "JetStream does not answer for stream {stream}: is it enabled on the server and for this account?"
+        ));
+    }
+    let info: StreamInfo = serde_json::from_slice(body)
+        .map_err(|error| format!("cannot read what JetStream says of stream {stream}: {error}"))?;
+    match info {
+        StreamInfo { error: Some(error), .. } if error.err_code == STREAM_NOT_FOUND => {
+            Err(format!("stream {stream} is missing: create it, or set nats.jetstream.create: true"))
+        }
+        StreamInfo { error: Some(error), .. } => Err(format!("stream {stream}: {}", error.text())),
+        StreamInfo { cluster: Some(Cluster { leader }), .. } if leader.is_empty() => {
+            Err(format!("stream {stream} has no leader"))
+        }
+        StreamInfo { config: Some(StreamConfig { sealed: true, .. }), .. } => {
+            Err(format!("stream {stream} is sealed: it takes no messages any more"))
+        }
+        StreamInfo { config: Some(StreamConfig { mirror: Some(_), .. }), .. } => {
+            Err(format!("stream {stream} is a mirror: publish to the stream that it mirrors"))
+        }
+        StreamInfo { config: Some(config), .. } => Ok(facts(config)),
+        StreamInfo { config: None, .. } => Err(format!("JetStream says nothing of stream {stream}")),
+    }
+}
+
+fn facts(config: StreamConfig) -> StreamFacts {
+    let limit = |value: i64| usize::try_from(value).ok().filter(|&limit| limit > 0);
+    StreamFacts {
+        max_msg_size: limit(config.max_msg_size),
+        max_bytes: limit(config.max_bytes),
+        subjects: config.subjects,
+    }
+}
+
+/// The subject of a `-ERR 'Permissions Violation for Publish to "subject"'` line, if it is one.
+pub fn denied_subject(error: &str) -> Option<&str> {
+    let rest = error.split_once("Permissions Violation for Publish to ")?.1;
+    rest.trim_start_matches('"').split('"').next().filter(|subject| !subject.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_to_a_publish() {
+        let outage = |cause: &str| Some(Answer::Outage { cause: cause.into() });
+        let refused = |error: &str| Some(Answer::Refused { error: error.into() });
+        let cases: [(&str, Option<Answer>); 12] = [
+            (r#"{"stream":"EVENTS","seq":7}"#, Some(Answer::Stored { duplicate: false })),
+            (r#"{"stream":"EVENTS","seq":7,"duplicate":true}"#, Some(Answer::Stored { duplicate: true })),
+            (
+                r#"{"stream":"OTHER","seq":7}"#,
+                refused(
+                    "stored in stream OTHER instead of EVENTS: give the subject to EVENTS alone, \
+                     or map the topic elsewhere",
+                ),
+            ),
+            (
+                r#"{"error":{"code":400,"err_code":10060,"description":"expected stream does not match"},"stream":"X","seq":0}"#,
+                refused("expected stream does not match (10060)"),
+            ),
+            (
+                r#"{"error":{"code":503,"err_code":10077,"description":"maximum messages exceeded"},"stream":"EVENTS","seq":0}"#,
+                outage("maximum messages exceeded (10077)"),
+            ),
+            (
+                r#"{"error":{"code":503,"err_code":10077,"description":"maximum messages per subject exceeded"},"stream":"EVENTS","seq":0}"#,
+                refused("maximum messages per subject exceeded (10077)"),
+            ),
+            (
+                r#"{"error":{"code":503,"err_code":10076,"description":"jetstream not enabled"}}"#,
+                outage("jetstream not enabled (10076)"),
+            ),
+            (
+                r#"{"error":{"code":404,"err_code":10059,"description":"stream not found"}}"#,
+                outage("stream not found (10059)"),
+            ),
+            (
+                r#"{"error":{"code":400,"err_code":10002,"description":"resource limits exceeded for account"}}"#,
+                outage("resource limits exceeded for account (10002)"),
+            ),
+            (
+                r#"{"error":{"code":429,"err_code":10167,"description":"too many requests"}}"#,
+                outage("too many requests (10167)"),
+            ),
+            ("+OK", None),
+            ("{}", None),
+        ];
+        for (body, expected) in cases {
+            assert_eq!(publish_answer(body.as_bytes(), false, "EVENTS"), expected, "{body}");
+        }
+        assert_eq!(publish_answer(b"", true, "EVENTS"), Some(Answer::NoResponders));
+    }
+
+    #[test]
+    fn facts_of_a_stream() {
+        let body = br#"{"type":"x","config":{"name":"EVENTS","subjects":["app.>"],"max_msg_size":-1,"max_bytes":1000}}"#;
+        let facts = stream_answer(body, false, "EVENTS").unwrap();
+        assert_eq!((facts.max_msg_size, facts.max_bytes), (None, Some(1000)));
+        assert!(facts.takes("app.orders.placed"));
+        assert!(!facts.takes("other"));
+    }
+
+    #[test]
+    fn a_stream_that_cannot_take_events_says_why() {
+        let cases = [
+            (r#"{"error":{"code":404,"err_code":10059,"description":"stream not found"}}"#, "is missing"),
+            (r#"{"error":{"code":503,"err_code":10008,"description":"temporarily unavailable"}}"#, "10008"),
+            (r#"{"config":{"name":"E","subjects":[]},"cluster":{"name":"c"}}"#, "no leader"),
+            (r#"{"config":{"name":"E","sealed":true}}"#, "sealed"),
+            (r#"{"config":{"name":"E","mirror":{"name":"O"}}}"#, "mirror"),
+            ("nonsense", "cannot read"),
+        ];
+        for (body, part) in cases {
+            let cause = stream_answer(body.as_bytes(), false, "EVENTS").unwrap_err();
+            assert!(cause.contains(part), "{cause}");
+        }
+        assert!(stream_answer(b"", true, "EVENTS").unwrap_err().contains("enabled"));
+    }
+
+    #[test]
+    fn the_subject_of_a_denied_publish() {
+        let line = r#"Permissions Violation for Publish to "secret.topic""#;
+        assert_eq!(denied_subject(line), Some("secret.topic"));
+        assert_eq!(denied_subject(r#"Permissions Violation for Subscription to "_INBOX.x""#), None);
+        assert_eq!(denied_subject("Stale Connection"), None);
+    }
+}
