@@ -12,6 +12,8 @@ pub mod logging;
 pub mod metrics;
 pub mod order;
 pub mod outage;
+pub mod publish;
+pub mod publisher;
 pub mod retry;
 pub mod sandbox;
 pub mod store;

@@ -1,0 +1,269 @@
+//! The keeper: the thread that connects, probes, and watches over the gate.
+//!
+//! While the gate is closed it dials and probes with backoff; while it is open it checks an idle link every few
+//! seconds, so that `/ready` tells the truth also when nothing is sent. At the start it tries `nats.max_retries`
+//! times and then gives up, which ends the service; later it never gives up.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use crossbeam_channel::{Receiver, bounded, never, select};
+
+use super::link::{Dial, Link, cluster, greet};
+use super::session::{ProbeFailure, Session};
+use super::{Publisher, Shared, seconds};
+use crate::answer::StreamFacts;
+use crate::health::Part;
+use crate::outage::Gate;
+
+/// How often the keeper looks at a link that is idle.
+const IDLE_CHECK: Duration = Duration::from_secs(5);
+/// Attempts to connect that may hang inside the crate, where nothing can end them. More than this would need
+/// that many networks dying in the middle of a handshake; then the process is better started anew.
+const HANGING_DIALS_MAX: usize = 16;
+
+/// The thread that connects, probes and watches over the gate.
+pub struct Keeper {
+    publisher: Publisher,
+    /// Every server we know: the configured ones, and those that the cluster told us of.
+    servers: BTreeSet<String>,
+    /// Which server is dialled next.
+    turn: usize,
+}
+
+impl Keeper {
+    pub(super) fn new(publisher: Publisher) -> Keeper {
+        let servers = publisher.0.settings.servers.iter().cloned().collect();
+        Keeper { publisher, servers, turn: 0 }
+    }
+
+    /// Runs until `stop` fires.
+    ///
+    /// # Errors
+    /// When none of the first `nats.max_retries` attempts to connect succeeds, and when too many attempts hang.
+    pub fn run(mut self, stop: &Receiver<Infallible>) -> Result<()> {
+        let heartbeat = self.shared().health.thread("nats", Duration::from_secs(120));
+        if !self.first_link(stop)? {
+            return Ok(());
+        }
+        loop {
+            heartbeat.beat();
+            let (pause, closed) = match &self.publisher.state().gate {
+                Gate::Closed { next_try, .. } => (next_try.saturating_duration_since(Instant::now()), true),
+                Gate::Open | Gate::Trial { .. } => (IDLE_CHECK, false),
+            };
+            let link = self.publisher.state().link.clone();
+            let ended = link.map_or_else(never, |link| link.down.ended.clone());
+            let wake = self.shared().keeper_wake.1.clone();
+            select! {
+                recv(stop) -> _ => return Ok(()),
+                recv(wake) -> _ => continue,
+                recv(ended) -> _ => self.lost_link(),
+                default(pause) => if closed { self.try_again()? } else { self.check_idle() },
+            }
+        }
+    }
+
+    /// Connects once and asks after the stream, for `check`. Returns the server's name and the stream's facts.
+    ///
+    /// # Errors
+    /// What is in the way, in the words of a probe.
+    pub fn survey(mut self) -> Result<(String, StreamFacts)> {
+        self.dial()?;
+        let slot = self.shared().slots - 1;
+        let session = self.publisher.session(slot).map_err(|cause| anyhow!(cause))?;
+        let deadline = Instant::now() + self.shared().settings.ack_timeout;
+        let facts =
+            session.probe(deadline, &mut |_, _| {}).map_err(|failure| anyhow!("{}", failure.cause()))?;
+        Ok((session.server().to_string(), facts))
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.publisher.0
+    }
+
+    /// Connects for the first time, `nats.max_retries` attempts `nats.retry_delay` apart. False: stop fired.
+    fn first_link(&mut self, stop: &Receiver<Infallible>) -> Result<bool> {
+        let attempts = self.shared().settings.max_retries;
+        let delay = self.shared().settings.retry_delay;
+        for attempt in 1..=attempts {
+            let error = match self.dial() {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            if attempt == attempts {
+                return Err(error.context(format!("no connection to nats after {attempts} attempts")));
+            }
+            log::warn!("not connected: attempt={attempt}/{attempts} next={}: {error:#}", seconds(delay));
+            self.shared().health.set(Part::Nats, Err(format!("{error:#}")));
+            select! {
+                recv(stop) -> _ => return Ok(false),
+                default(delay) => {}
+            }
+        }
+        let checked = self.check();
+        self.publisher.state().gate = Gate::Open;
+        match checked {
+            Ok(()) => self.open(),
+            Err(failure) => self.report(&failure),
+        }
+        Ok(true)
+    }
+
+    /// The link went down by itself.
+    fn lost_link(&mut self) {
+        let link = self.publisher.state().link.take();
+        let cause = link.and_then(|link| link.down.cause()).unwrap_or_else(|| "connection lost".into());
+        self.shared().health.set(Part::Nats, Err(cause.clone()));
+        self.shared().metrics.nats_disconnected();
+        self.publisher.outage(&cause, 0);
+    }
+
+    /// The gate is closed and its wait is over: a new link if need be, and a probe.
+    fn try_again(&mut self) -> Result<()> {
+        let usable = self.publisher.state().link.as_ref().is_some_and(|link| !link.down.is_set());
+        if !usable && let Err(error) = self.dial() {
+            let hanging = self.shared().hanging_dials.load(Ordering::Relaxed);
+            if hanging > HANGING_DIALS_MAX {
+                return Err(error.context(format!("{hanging} attempts to connect to nats hang")));
+            }
+            let cause = format!("{error:#}");
+            self.shared().health.set(Part::Nats, Err(cause.clone()));
+            let change = self.publisher.state().gate.try_failed(&cause, Instant::now(), fastrand::f64());
+            self.publisher.say(&change, &cause, 0);
+            return Ok(());
+        }
+        match self.check() {
+            Ok(()) => {
+                self.publisher.state().gate.try_passed();
+                self.open();
+            }
+            Err(failure) => self.report(&failure),
+        }
+        Ok(())
+    }
+
+    /// The link is idle: is it still there, and the stream? Skipped while acks say so.
+    fn check_idle(&mut self) {
+        if self.shared().busy.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        if let Err(failure) = self.check() {
+            self.report(&failure);
+        }
+    }
+
+    /// Probes link and stream, creating the stream when it is missing and that is wanted.
+    fn check(&self) -> Result<(), ProbeFailure> {
+        let shared = self.shared();
+        let session = self.publisher.session(shared.slots - 1).map_err(ProbeFailure::Link)?;
+        let deadline = || Instant::now() + shared.settings.ack_timeout;
+        let mut result = session.probe(deadline(), &mut |_, _| {});
+        if let Err(ProbeFailure::Stream(cause)) = &result
+            && shared.settings.jetstream.create
+            && cause.contains("is missing")
+        {
+            result = session.create_stream(deadline());
+            if result.is_ok() {
+                log::info!("stream created: stream={}", shared.settings.jetstream.stream_name);
+            }
+        }
+        let facts = result?;
+        if shared.settings.jetstream.enabled {
+            self.publisher.learn(facts);
+        }
+        shared.health.set(Part::Nats, Ok(()));
+        shared.health.set(Part::Stream, Ok(()));
+        Ok(())
+    }
+
+    /// A probe failed: says so, and abandons a link that does not even echo.
+    fn report(&self, failure: &ProbeFailure) {
+        let cause = failure.cause();
+        match failure {
+            ProbeFailure::Link(_) => {
+                if let Some(link) = self.publisher.state().link.take() {
+                    link.down.set(cause);
+                }
+                self.shared().health.set(Part::Nats, Err(cause.to_string()));
+                self.shared().metrics.nats_disconnected();
+            }
+            ProbeFailure::Stream(_) => self.shared().health.set(Part::Stream, Err(cause.to_string())),
+        }
+        let change = self.publisher.state().gate.try_failed(cause, Instant::now(), fastrand::f64());
+        self.publisher.say(&change, cause, 0);
+    }
+
+    fn open(&self) {
+        let _ = self.shared().gate_opened.0.try_send(());
+    }
+
+    /// Connects to the next known server and makes the result the present link.
+    fn dial(&mut self) -> Result<()> {
+        let server = self
+            .servers
+            .iter()
+            .nth(self.turn % self.servers.len())
+            .cloned()
+            .context("nats.url names no server")?;
+        self.turn += 1;
+        let link = self.dial_server(&server).with_context(|| format!("connect to nats at {server}"))?;
+        self.meet(&link)?;
+        log::info!("connected: nats={} link={}", link.server, link.id);
+        self.shared().metrics.nats_connected();
+        self.publisher.state().link = Some(link);
+        Ok(())
+    }
+
+    /// Dials on a thread of its own, which may hang for as long as it likes.
+    fn dial_server(&self, server: &str) -> Result<Arc<Link>> {
+        let shared = &self.publisher.0;
+        let timeout = shared.settings.connect_timeout;
+        greet(server, timeout)?;
+        let dial = Dial {
+            server: server.to_string(),
+            id: shared.links.fetch_add(1, Ordering::Relaxed),
+            slots: shared.slots,
+            auth: shared.settings.auth.clone(),
+            name: format!("pg-outbox/{}", shared.instance),
+        };
+        let hanging = shared.hanging_dials.clone();
+        let (done, result) = bounded(1);
+        hanging.fetch_add(1, Ordering::Relaxed);
+        thread::Builder::new().name("nats-dial".into()).spawn(move || {
+            let link = dial.run();
+            hanging.fetch_sub(1, Ordering::Relaxed);
+            // Nobody may be waiting any more: then the link is dropped here.
+            let _ = done.send(link);
+        })?;
+        result.recv_timeout(timeout).map_err(|_| anyhow!("no answer within {}", seconds(timeout)))?
+    }
+
+    /// The first exchange over a new link: it must echo, and it tells which other servers there are.
+    fn meet(&mut self, link: &Arc<Link>) -> Result<()> {
+        let shared = &self.publisher.0;
+        let slot = shared.slots - 1;
+        let session = Session::new(link.clone(), slot, shared.settings.jetstream.clone());
+        let deadline = Instant::now() + shared.settings.connect_timeout;
+        let sent = session.echo(deadline);
+        let echo = sent.ok().and_then(|_| {
+            let wait = deadline.saturating_duration_since(Instant::now());
+            link.inboxes[slot].recv_timeout(wait).ok()
+        });
+        let Some(echo) = echo else {
+            let cause = link.down.cause().unwrap_or_else(|| {
+                "our own inbox stays silent: allow this user to subscribe to and publish on _INBOX.>".into()
+            });
+            link.down.set(&cause);
+            return Err(anyhow!(cause));
+        };
+        let scheme = if link.server.starts_with("tls://") { "tls" } else { "nats" };
+        self.servers.extend(cluster(&echo).iter().map(|url| format!("{scheme}://{url}")));
+        Ok(())
+    }
+}

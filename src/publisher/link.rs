@@ -1,0 +1,290 @@
+//! A link: one connection to NATS and everything that belongs to it. The only file of the service that calls the
+//! `nats` crate (beside it, `reader.rs` does for the demo).
+//!
+//! One writer thread alone publishes and flushes; each *slot* has an inbox of its own, to which answers come as
+//! `_INBOX.<link>.<slot>.<token>`. A link is used until the first sign of trouble, then it is *down*, once and for
+//! ever, with the first cause, and everyone who waits on it hears so.
+//!
+//! The crate would reconnect underneath, but then nobody could say which publishes went out on which connection: a
+//! `flush` answers Ok for pongs of the old one, and a fence could pass over publishes that were lost. So its
+//! reconnecting is kept from working (see [`LINGER`]), and the keeper dials anew.
+//!
+//! The crate's `flush`, `publish` and `connect` block without any limit when a server stalls. Here only the writer
+//! calls the first two, and a dial runs on a thread of its own. A stuck writer is left behind with its link; it
+//! ends when its socket does.
+#![allow(deprecated)] // the crate says of itself that it is deprecated
+
+use std::convert::Infallible;
+use std::io::Read;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+
+use crate::answer;
+use crate::config;
+use crate::event::Event;
+
+/// Messages waiting for a link's writer. Each is only a reference to an event that a claim holds anyway.
+const OUTGOING_MAX: usize = 1024;
+/// The writer flushes at the latest after so many bytes.
+const FLUSH_BYTES: usize = 256 * 1024;
+/// Answers one slot may have waiting; a server that sends more than was asked for loses the rest.
+const INBOX_MAX: usize = 65_536;
+/// Denied subjects one slot may have waiting.
+const DENIALS_MAX: usize = 1024;
+/// How long the crate waits before it tries to reconnect a link that is down. By then the writer has dropped the
+/// connection, which makes the crate give up. Its thread lives that much longer than its link.
+const LINGER: Duration = Duration::from_secs(10);
+
+pub(super) struct Link {
+    pub(super) id: u64,
+    pub(super) server: String,
+    pub(super) inbox: String,
+    pub(super) outgoing: Sender<Written>,
+    pub(super) inboxes: Vec<Receiver<Inbound>>,
+    pub(super) denials: Vec<Receiver<String>>,
+    pub(super) down: Arc<Down>,
+    /// The server's `max_payload` in bytes, headers included; the writer keeps it fresh.
+    pub(super) max_payload: Arc<AtomicUsize>,
+    pub(super) next_token: AtomicU64,
+}
+
+/// A message to one of our inboxes.
+pub(super) type Inbound = nats::Message;
+
+/// The servers of the cluster, as `host:port`, that the server told the link which received `message`.
+pub(super) fn cluster(message: &Inbound) -> Vec<String> {
+    message.client.as_ref().map(|client| client.server_info().connect_urls).unwrap_or_default()
+}
+
+/// One thing for the writer to publish.
+pub(super) struct Written {
+    pub(super) subject: String,
+    pub(super) reply: Option<String>,
+    pub(super) headers: Option<String>,
+    pub(super) body: Body,
+}
+
+pub(super) enum Body {
+    Event(Arc<Event>),
+    Bytes(Vec<u8>),
+}
+
+impl Body {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Body::Event(event) => event.payload.as_bytes(),
+            Body::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+/// The end of a link: set once, with its cause, and heard by everyone who waits on `ended`.
+pub(super) struct Down {
+    cause: Mutex<Option<String>>,
+    /// Dropped when the link goes down, which is what `ended` receives.
+    alive: Mutex<Option<Sender<Infallible>>>,
+    pub(super) ended: Receiver<Infallible>,
+}
+
+impl Down {
+    fn new() -> Down {
+        let (alive, ended) = bounded(0);
+        Down { cause: Mutex::new(None), alive: Mutex::new(Some(alive)), ended }
+    }
+
+    /// Takes the link down; the first cause stays.
+    pub(super) fn set(&self, cause: &str) {
+        let mut first = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert_with(|| cause.to_string());
+        drop(first);
+        self.alive.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    pub(super) fn cause(&self) -> Option<String> {
+        self.cause.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.cause.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+}
+
+/// Publishes and flushes for one link; the only thread that does.
+struct Writer {
+    outgoing: Receiver<Written>,
+    down: Arc<Down>,
+    max_payload: Arc<AtomicUsize>,
+    /// Dropped before the connection: dropping unsubscribes.
+    _subscriptions: Vec<nats::Subscription>,
+    connection: nats::Connection,
+}
+
+impl Writer {
+    fn run(self) {
+        let cause = match self.write() {
+            Ok(()) => "link given up".to_string(),
+            Err(error) => format!("connection lost: {error}"),
+        };
+        self.down.set(&cause);
+    }
+
+    /// Writes what comes until the link is down; one flush for all that was waiting.
+    fn write(&self) -> std::io::Result<()> {
+        loop {
+            let mut next = select! {
+                recv(self.outgoing) -> message => match message {
+                    Ok(message) => Some(message),
+                    Err(_) => return Ok(()),
+                },
+                recv(self.down.ended) -> _ => return Ok(()),
+            };
+            let mut unflushed = 0;
+            while let Some(message) = next {
+                if self.down.is_set() {
+                    return Ok(());
+                }
+                unflushed += self.publish(&message)?;
+                next = if unflushed < FLUSH_BYTES { self.outgoing.try_recv().ok() } else { None };
+            }
+            self.connection.flush()?;
+            self.max_payload.store(self.connection.max_payload(), Ordering::Relaxed);
+        }
+    }
+
+    /// The crate keeps headers in a hash map and writes them in its order. The order matters: nats-server 2.9
+    /// takes the first textual match of `Nats-Msg-Id`, so it must come before anything an application wrote.
+    /// Hence the whole block goes in as the value of one header; the crate writes values as they are.
+    fn publish(&self, message: &Written) -> std::io::Result<usize> {
+        let headers =
+            message.headers.as_deref().and_then(|block| block.split_once(':')).map(|(name, rest)| {
+                let mut map = nats::HeaderMap::new();
+                map.insert(name, rest);
+                map
+            });
+        let body = message.body.bytes();
+        self.connection.publish_with_reply_or_headers(
+            &message.subject,
+            message.reply.as_deref(),
+            headers.as_ref(),
+            body,
+        )?;
+        Ok(body.len() + message.headers.as_ref().map_or(0, String::len) + message.subject.len())
+    }
+}
+
+/// One attempt to make a link.
+pub(super) struct Dial {
+    pub(super) server: String,
+    pub(super) id: u64,
+    pub(super) slots: usize,
+    pub(super) auth: config::NatsAuth,
+    pub(super) name: String,
+}
+
+impl Dial {
+    pub(super) fn run(self) -> Result<Arc<Link>> {
+        let down = Arc::new(Down::new());
+        let (deny, denials): (Vec<_>, Vec<_>) = (0..self.slots).map(|_| bounded(DENIALS_MAX)).unzip();
+        let connection = self.options(&down, deny).connect(self.server.as_str())?;
+        let inbox = connection.new_inbox();
+        let mut inboxes = Vec::with_capacity(self.slots);
+        let mut subscriptions = Vec::with_capacity(self.slots);
+        for slot in 0..self.slots {
+            let subscription = connection.subscribe(&format!("{inbox}.{slot}.*"))?;
+            subscription.set_message_limits(INBOX_MAX);
+            inboxes.push(subscription.receiver().clone());
+            subscriptions.push(subscription);
+        }
+        let max_payload = Arc::new(AtomicUsize::new(connection.max_payload()));
+        let (outgoing, to_write) = bounded(OUTGOING_MAX);
+        let writer = Writer {
+            outgoing: to_write,
+            down: down.clone(),
+            max_payload: max_payload.clone(),
+            _subscriptions: subscriptions,
+            connection,
+        };
+        thread::Builder::new().name("nats-writer".into()).spawn(move || writer.run())?;
+        Ok(Arc::new(Link {
+            id: self.id,
+            server: self.server,
+            inbox,
+            outgoing,
+            inboxes,
+            denials,
+            down,
+            max_payload,
+            next_token: AtomicU64::new(0),
+        }))
+    }
+
+    /// The crate's options, defaults included where they matter.
+    fn options(&self, down: &Arc<Down>, deny: Vec<Sender<String>>) -> nats::Options {
+        let options = match &self.auth {
+            config::NatsAuth::None => nats::Options::new(),
+            config::NatsAuth::UserPassword(user, password) => {
+                nats::Options::with_user_pass(user, password.expose())
+            }
+            config::NatsAuth::Token(token) => nats::Options::with_token(token.expose()),
+            config::NatsAuth::CredentialsFile(path) => nats::Options::with_credentials(path),
+        };
+        let (disconnected, lingering, erring) = (down.clone(), down.clone(), down.clone());
+        let last_error = Arc::new(Mutex::new(None::<String>));
+        let said = last_error.clone();
+        options
+            .with_name(&self.name)
+            .reconnect_buffer_size(0)
+            // One attempt: the one that connects. The attempt it leads to after a loss finds nobody (LINGER).
+            .max_reconnects(1)
+            .reconnect_delay_callback(move |_| if lingering.is_set() { LINGER } else { Duration::ZERO })
+            .disconnect_callback(move || {
+                let said = last_error.lock().unwrap_or_else(PoisonError::into_inner).take();
+                disconnected.set(&said.map_or_else(
+                    || "connection lost".to_string(),
+                    |error| format!("connection lost: the server said {error:?}"),
+                ));
+            })
+            .error_callback(move |error| {
+                let error = error.to_string();
+                if let Some(subject) = answer::denied_subject(&error) {
+                    for slot in &deny {
+                        let _ = slot.try_send(subject.to_string());
+                    }
+                    return;
+                }
+                if !erring.is_set() {
+                    log::warn!("nats says: {error}");
+                }
+                *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            })
+    }
+}
+
+/// Reads the first bytes of the server's greeting over a socket of our own.
+///
+/// The crate waits for the greeting without any limit; this finds a server that accepts connections and says
+/// nothing (stopped, or behind a dead proxy) before the crate hangs on it, and it names the cause.
+pub(super) fn greet(server: &str, timeout: Duration) -> Result<()> {
+    let address: nats::ServerAddress = server.parse()?;
+    let mut last = anyhow!("the name resolves to no address");
+    for socket in address.socket_addrs()? {
+        let greeted = TcpStream::connect_timeout(&socket, timeout).and_then(|mut stream| {
+            stream.set_read_timeout(Some(timeout))?;
+            let mut greeting = [0; 5];
+            stream.read_exact(&mut greeting)?;
+            Ok(greeting)
+        });
+        match greeted {
+            Ok(greeting) if &greeting == b"INFO " => return Ok(()),
+            Ok(_) => last = anyhow!("{socket} does not speak the NATS protocol"),
+            Err(error) => last = anyhow!("{socket}: {error}"),
+        }
+    }
+    Err(last)
+}

@@ -1,0 +1,89 @@
+//! Reads a stream back, message by message, from its beginning: how the demo checks what arrived.
+//!
+//! An ephemeral push consumer without acks over a connection of its own. Not part of the service: nothing the
+//! daemon runs reads a stream.
+#![allow(deprecated)] // as in the file above
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+
+/// A message as it is stored.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its sequence in the stream.
+    pub seq: u64,
+    /// Its subject.
+    pub subject: String,
+    /// `Nats-Msg-Id`, which is the event's id.
+    pub message_id: Option<String>,
+    /// Its payload.
+    pub payload: Vec<u8>,
+    /// When the stream stored it, in nanoseconds since 1970.
+    pub stored_at_ns: i64,
+}
+
+/// A consumer of one stream.
+pub struct StreamReader {
+    subscription: nats::Subscription,
+    /// Dropped last: the subscription needs it.
+    _connection: nats::Connection,
+}
+
+impl StreamReader {
+    /// Connects to `url` and begins to read `stream` at its first message.
+    ///
+    /// # Errors
+    /// When the server or the stream is not there.
+    pub fn open(url: &str, stream: &str) -> Result<StreamReader> {
+        let connection = nats::Options::new()
+            .with_name("pg-outbox reader")
+            .connect(url)
+            .with_context(|| format!("connect to nats at {url}"))?;
+        let inbox = connection.new_inbox();
+        let subscription = connection.subscribe(&inbox)?;
+        let consumer = serde_json::json!({
+            "stream_name": stream,
+            "config": { "deliver_subject": inbox, "deliver_policy": "all", "ack_policy": "none", "replay_policy": "instant" },
+        });
+        let answer = connection
+            .request_timeout(
+                &format!("$JS.API.CONSUMER.CREATE.{stream}"),
+                consumer.to_string(),
+                Duration::from_secs(5),
+            )
+            .with_context(|| format!("read stream {stream}"))?;
+        let answer: serde_json::Value = serde_json::from_slice(&answer.data)?;
+        match answer.get("error") {
+            None => Ok(StreamReader { subscription, _connection: connection }),
+            Some(error) => Err(anyhow!("read stream {stream}: {error}")),
+        }
+    }
+
+    /// The next message; `None` when none comes within `timeout`.
+    ///
+    /// # Errors
+    /// When a message cannot be one of a stream's.
+    pub fn next(&self, timeout: Duration) -> Result<Option<Stored>> {
+        let Ok(message) = self.subscription.receiver().recv_timeout(timeout) else { return Ok(None) };
+        // $JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>, with two more
+        // tokens (domain and account) in front of the stream on newer servers' longer form.
+        let reply = message.reply.as_deref().context("a message without reply is not a stream's")?;
+        let tokens: Vec<&str> = reply.split('.').collect();
+        let first = if tokens.len() > 9 { 4 } else { 2 };
+        let number = |index: usize| -> Result<i64> {
+            tokens
+                .get(first + index)
+                .and_then(|token| token.parse().ok())
+                .with_context(|| format!("cannot read {reply}"))
+        };
+        let message_id = message.headers.as_ref().and_then(|headers| headers.get("Nats-Msg-Id").cloned());
+        Ok(Some(Stored {
+            seq: u64::try_from(number(3)?)?,
+            stored_at_ns: number(5)?,
+            subject: message.subject,
+            message_id,
+            payload: message.data,
+        }))
+    }
+}

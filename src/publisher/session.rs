@@ -1,0 +1,283 @@
+//! A session: one slot's use of one link, for the length of a claim or a probe.
+//!
+//! It hands messages to the link's writer and hears what comes back, always with a deadline. Acks that arrive for a
+//! claim long settled carry a token that nobody waits for; the one who hears them drops them.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crossbeam_channel::{TrySendError, select};
+
+use super::link::{Body, Inbound, Link, Written};
+use crate::answer::{self, Answer, StreamFacts};
+use crate::config;
+use crate::event::Event;
+
+/// One message on its way to the writer.
+pub struct Outgoing {
+    /// Subject to publish to.
+    pub subject: String,
+    /// Header lines as `headers.rs` builds them: `Nats-Msg-Id` first, each line ended by CR LF.
+    pub headers: String,
+    /// The event whose payload is sent.
+    pub event: Arc<Event>,
+}
+
+/// What a session hears.
+#[derive(Debug)]
+pub enum Heard {
+    /// The answer to the publish with this token.
+    Answer(u64, Answer),
+    /// Our own message with this token came back: everything sent before it on this link was processed.
+    Echo(u64),
+    /// What JetStream says of the stream, asked with this token.
+    Stream(u64, Result<StreamFacts, String>),
+    /// The server denied a publish to this subject.
+    Denied(String),
+    /// The link is gone, and why.
+    Down(String),
+    /// Nothing until the deadline.
+    Silence,
+}
+
+/// Why a message was not handed over.
+#[derive(Debug)]
+pub enum NotSent {
+    /// The writer does not take it until the deadline: the server has stalled.
+    Stuck,
+    /// The link is gone, and why.
+    Down(String),
+}
+
+/// Why a probe failed.
+#[derive(Debug)]
+pub enum ProbeFailure {
+    /// Not even our own message came back: the link is stuck or gone.
+    Link(String),
+    /// The server answers, but the stream cannot take events.
+    Stream(String),
+}
+
+impl ProbeFailure {
+    /// The cause, for the log and `/ready`.
+    pub fn cause(&self) -> &str {
+        match self {
+            ProbeFailure::Link(cause) | ProbeFailure::Stream(cause) => cause,
+        }
+    }
+}
+
+/// One slot's use of one link, for the length of a claim.
+pub struct Session {
+    link: Arc<Link>,
+    slot: usize,
+    jetstream: config::JetStream,
+}
+
+/// Kinds of tokens: what is asked with them.
+const PUBLISH: char = 'p';
+const ECHO: char = 'e';
+const STREAM: char = 's';
+
+impl Session {
+    pub(super) fn new(link: Arc<Link>, slot: usize, jetstream: config::JetStream) -> Session {
+        Session { link, slot, jetstream }
+    }
+
+    /// Takes the link down: nobody uses it any more.
+    pub(super) fn take_down(&self, cause: &str) {
+        self.link.down.set(cause);
+    }
+
+    /// The server of the link.
+    pub(super) fn server(&self) -> &str {
+        &self.link.server
+    }
+
+    /// Hands an event to the writer and returns the token that its answer will carry.
+    ///
+    /// In core NATS no answer comes; a later [`Session::echo`] tells that it was received.
+    ///
+    /// # Errors
+    /// See [`NotSent`].
+    pub fn publish(&self, message: Outgoing, deadline: Instant) -> Result<u64, NotSent> {
+        let token = self.token();
+        let reply = self.jetstream.enabled.then(|| self.reply(PUBLISH, token));
+        let Outgoing { subject, headers, event } = message;
+        self.hand_over(
+            Written { subject, reply, headers: Some(headers), body: Body::Event(event) },
+            deadline,
+        )?;
+        Ok(token)
+    }
+
+    /// Sends a message to our own inbox; it comes back as [`Heard::Echo`] after the server has processed
+    /// everything that this link sent before.
+    ///
+    /// # Errors
+    /// See [`NotSent`].
+    pub fn echo(&self, deadline: Instant) -> Result<u64, NotSent> {
+        let token = self.token();
+        let subject = self.reply(ECHO, token);
+        self.hand_over(
+            Written { subject, reply: None, headers: None, body: Body::Bytes(Vec::new()) },
+            deadline,
+        )?;
+        Ok(token)
+    }
+
+    /// Waits for the next answer, until `deadline`.
+    pub fn hear(&self, deadline: Instant) -> Heard {
+        let link = &self.link;
+        loop {
+            let heard = select! {
+                recv(link.inboxes[self.slot]) -> message => match message {
+                    Ok(message) => self.read(&message),
+                    Err(_) => None,
+                },
+                recv(link.denials[self.slot]) -> subject => subject.ok().map(Heard::Denied),
+                recv(link.down.ended) -> _ => {
+                    Some(Heard::Down(link.down.cause().unwrap_or_else(|| "connection lost".into())))
+                }
+                default(deadline.saturating_duration_since(Instant::now())) => Some(Heard::Silence),
+            };
+            if let Some(heard) = heard {
+                // An echo may have come back over a connection that the crate has made underneath, after this
+                // link lost its own: that proves nothing, and the link is marked down before such a connection.
+                return match (heard, link.down.cause()) {
+                    (Heard::Echo(_), Some(cause)) => Heard::Down(cause),
+                    (heard, _) => heard,
+                };
+            }
+        }
+    }
+
+    /// Asks the server and the stream whether they are there; hears answers to publishes meanwhile.
+    ///
+    /// In core NATS only the server is asked, and the facts are empty.
+    ///
+    /// # Errors
+    /// See [`ProbeFailure`].
+    pub fn probe(
+        &self,
+        deadline: Instant,
+        heard: &mut dyn FnMut(u64, Answer),
+    ) -> Result<StreamFacts, ProbeFailure> {
+        let stream = &self.jetstream.stream_name;
+        let question = format!("$JS.API.STREAM.INFO.{stream}");
+        self.ask(&question, Vec::new(), deadline, heard)
+    }
+
+    pub(super) fn create_stream(&self, deadline: Instant) -> Result<StreamFacts, ProbeFailure> {
+        let jetstream = &self.jetstream;
+        let stream = &jetstream.stream_name;
+        let body = serde_json::json!({
+            "name": stream,
+            "subjects": jetstream.subjects,
+            "storage": match jetstream.storage {
+                config::Storage::File => "file",
+                config::Storage::Memory => "memory",
+            },
+            "num_replicas": jetstream.replicas,
+            "retention": "limits",
+            "discard": "old",
+            "max_consumers": -1,
+            "max_msgs": -1,
+            "max_bytes": -1,
+            "max_age": 0,
+            "duplicate_window": u64::try_from(jetstream.duplicate_window.as_nanos()).unwrap_or(u64::MAX),
+        });
+        let question = format!("$JS.API.STREAM.CREATE.{stream}");
+        self.ask(&question, body.to_string().into_bytes(), deadline, &mut |_, _| {})
+    }
+
+    /// Sends a question about the stream and, behind it, an echo. Both must come back until `deadline`.
+    fn ask(
+        &self,
+        question: &str,
+        body: Vec<u8>,
+        deadline: Instant,
+        heard: &mut dyn FnMut(u64, Answer),
+    ) -> Result<StreamFacts, ProbeFailure> {
+        let not_sent = |reason| match reason {
+            NotSent::Stuck => ProbeFailure::Link("the server takes nothing from us".into()),
+            NotSent::Down(cause) => ProbeFailure::Link(cause),
+        };
+        let mut facts = None;
+        let mut asked = None;
+        if self.jetstream.enabled {
+            let token = self.token();
+            let reply = Some(self.reply(STREAM, token));
+            let question =
+                Written { subject: question.to_string(), reply, headers: None, body: Body::Bytes(body) };
+            self.hand_over(question, deadline).map_err(not_sent)?;
+            asked = Some(token);
+        } else {
+            facts = Some(Ok(StreamFacts::default()));
+        }
+        let echo = self.echo(deadline).map_err(not_sent)?;
+        let mut echoed = false;
+        while !echoed || facts.is_none() {
+            match self.hear(deadline) {
+                Heard::Echo(token) => echoed |= token == echo,
+                Heard::Stream(token, answer) if Some(token) == asked => facts = Some(answer),
+                Heard::Answer(token, answer) => heard(token, answer),
+                Heard::Stream(..) | Heard::Denied(_) => {}
+                Heard::Down(cause) => return Err(ProbeFailure::Link(cause)),
+                Heard::Silence if echoed => {
+                    let stream = &self.jetstream.stream_name;
+                    return Err(ProbeFailure::Stream(format!(
+                        "JetStream does not answer for stream {stream}"
+                    )));
+                }
+                Heard::Silence => return Err(ProbeFailure::Link("the server does not answer".into())),
+            }
+        }
+        facts.unwrap_or_else(|| Ok(StreamFacts::default())).map_err(ProbeFailure::Stream)
+    }
+
+    /// The server's limit on headers and payload of one message, in bytes.
+    pub fn max_payload(&self) -> usize {
+        self.link.max_payload.load(Ordering::Relaxed)
+    }
+
+    fn token(&self) -> u64 {
+        self.link.next_token.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn reply(&self, kind: char, token: u64) -> String {
+        format!("{}.{}.{kind}{token}", self.link.inbox, self.slot)
+    }
+
+    fn hand_over(&self, message: Written, deadline: Instant) -> Result<(), NotSent> {
+        let link = &self.link;
+        // The common case without a look at the clock.
+        let message = match link.outgoing.try_send(message) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Full(message) | TrySendError::Disconnected(message)) => message,
+        };
+        let down = || NotSent::Down(link.down.cause().unwrap_or_else(|| "connection lost".into()));
+        select! {
+            send(link.outgoing, message) -> sent => sent.map_err(|_| down()),
+            recv(link.down.ended) -> _ => Err(down()),
+            default(deadline.saturating_duration_since(Instant::now())) => Err(NotSent::Stuck),
+        }
+    }
+
+    /// Makes sense of a message to our inbox; `None` for one that we cannot have asked for.
+    fn read(&self, message: &Inbound) -> Option<Heard> {
+        let (_, token) = message.subject.rsplit_once('.')?;
+        let kind = token.chars().next()?;
+        let token = token.get(1..)?.parse().ok()?;
+        let no_responders = message.is_no_responders();
+        let stream = &self.jetstream.stream_name;
+        match kind {
+            PUBLISH => answer::publish_answer(&message.data, no_responders, stream)
+                .map(|answer| Heard::Answer(token, answer)),
+            ECHO => Some(Heard::Echo(token)),
+            STREAM => Some(Heard::Stream(token, answer::stream_answer(&message.data, no_responders, stream))),
+            _ => None,
+        }
+    }
+}
