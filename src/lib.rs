@@ -1,13 +1,36 @@
-//! pg-outbox: publishes the events of a PostgreSQL outbox table to NATS.
+//! pg-outbox publishes the events of a PostgreSQL outbox table to NATS: none lost, in order per key, hardly ever
+//! twice, from any number of workers and instances.
+//!
+//! # The map
+//!
+//! An application inserts events into `outboxes` in the transaction of its business rows. The **claimer** thread
+//! locks lanes (hash buckets of keys) that have pending events and reads those, in a transaction that stays open.
+//! The claim travels over a channel to a **worker**, which publishes its events through the one connection to
+//! NATS, writes the outcomes in the claim's own transaction, and commits: that frees the lanes. If anything dies
+//! on the way, PostgreSQL rolls back and the events are pending again.
+//!
+//! What always holds: an event is marked published only after NATS acknowledged it; of a key at most one event is
+//! in flight anywhere; an outage of NATS is charged to no event; every wait has a deadline and every channel a
+//! limit.
+//!
+//! # In reading order
+//!
+//! [`event`] what travels · [`order`] which event may go next · [`retry`] what becomes of a failed one ·
+//! [`topic_map`] topic to subject · [`headers`] metadata to headers · [`answer`] what JetStream says ·
+//! [`outage`] the gate · [`health`] live and ready. These are plain data and pure decisions. Then [`store`] (all
+//! of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`], [`worker`] with [`publish`],
+//! [`wakeup`], [`janitor`], [`http`]; [`service`], which starts, supervises and drains them; and the [`command`]s.
 
 pub mod answer;
 pub mod boottime;
+pub mod claimer;
 pub mod command;
 pub mod config;
 pub mod event;
 pub mod headers;
 pub mod health;
 pub mod http;
+pub mod janitor;
 pub mod logging;
 pub mod metrics;
 pub mod order;
@@ -16,6 +39,9 @@ pub mod publish;
 pub mod publisher;
 pub mod retry;
 pub mod sandbox;
+pub mod service;
 pub mod store;
 pub mod systemd;
 pub mod topic_map;
+pub mod wakeup;
+pub mod worker;

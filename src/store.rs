@@ -62,7 +62,7 @@ const CLAIM_PLANS: &str = "SET LOCAL plan_cache_mode = force_generic_plan; \
 const MIGRATIONS: &[(i32, &str)] = &[(1, include_str!("../schema/001_outbox.sql"))];
 
 /// What a claim does beyond its limits; the same for every claim of a store.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ClaimSettings {
     /// true: a settle is on disk when it returns (and wherever else the server's own setting wants it).
     /// false: a crash of PostgreSQL may forget the last moment's settles, whose events are published again.
@@ -104,6 +104,8 @@ pub struct PoolState {
     pub connections: u32,
     /// Those of them that nobody uses.
     pub idle: u32,
+    /// Open connections at most.
+    pub max: u32,
 }
 
 /// What waits in the outbox.
@@ -117,6 +119,15 @@ pub struct Backlog {
     pub dead: i64,
     /// Age of the oldest pending event; zero when there is none.
     pub lag: Duration,
+}
+
+/// What may make something claimable without any notification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outlook {
+    /// Time until the earliest event in retry is due, zero if one is; `None` when no event is in retry.
+    pub next_due: Option<Duration>,
+    /// Somebody has a claim open. Should it be released, or its instance die, its events are there again.
+    pub claims_open: bool,
 }
 
 /// What migrating did.
@@ -201,15 +212,19 @@ impl Store {
         Ok(claim)
     }
 
-    /// Time until the earliest event in retry is due, zero if one is; `None` when no event is in retry.
+    /// What an empty claim may be waiting for.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn next_due(&self) -> Result<Option<Duration>, StoreError> {
+    pub fn outlook(&self) -> Result<Outlook, StoreError> {
         let backoff_max_ms = milliseconds(self.shared.settings.backoff_max);
-        let rows = self.read(STATEMENT_TIMEOUT, &NEXT_DUE, &[&backoff_max_ms])?;
-        let due_ms: Option<i64> = first(&rows, |row| row.try_get(0))?;
-        Ok(due_ms.map(|ms| Duration::from_millis(ms.max(0).unsigned_abs())))
+        let rows = self.read(STATEMENT_TIMEOUT, &OUTLOOK, &[&backoff_max_ms])?;
+        let (due_ms, claims_open): (Option<i64>, bool) =
+            first(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
+        Ok(Outlook {
+            next_due: due_ms.map(|ms| Duration::from_millis(ms.max(0).unsigned_abs())),
+            claims_open,
+        })
     }
 
     /// Counts what waits. Costs about 0.1 s of PostgreSQL for a million pending events, more where vacuum
@@ -267,7 +282,7 @@ impl Store {
     /// Open and idle connections of the pool.
     pub fn pool_state(&self) -> PoolState {
         let state = self.pool.state();
-        PoolState { connections: state.connections, idle: state.idle_connections }
+        PoolState { connections: state.connections, idle: state.idle_connections, max: self.pool.max_size() }
     }
 
     /// Where the server is, for messages: `db:5432`.
@@ -369,6 +384,11 @@ impl Claim {
     /// The events read, for whoever publishes them; by lane, each lane in `seq` order. Empty the second time.
     pub fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
+    }
+
+    /// How many events were read and not yet taken.
+    pub fn len(&self) -> usize {
+        self.events.len()
     }
 
     /// True when nothing was found to claim.
@@ -560,7 +580,7 @@ const READ_EVENTS: Query = query!("read_events");
 const SETTLE_PUBLISHED: Query = query!("settle_published");
 const SETTLE_RETRIED: Query = query!("settle_retried");
 const SETTLE_DEAD: Query = query!("settle_dead");
-const NEXT_DUE: Query = query!("next_due");
+const OUTLOOK: Query = query!("outlook");
 const BACKLOG: Query = query!("backlog");
 const SCHEMA_PROBLEMS: Query = query!("schema_problems");
 const MISSING_LANES: Query = query!("missing_lanes");

@@ -1,0 +1,146 @@
+//! A worker: publishes one claim at a time and settles it on the claim's own connection.
+//!
+//! It announces that it is free, receives a claim, publishes its events through its slot of the publisher, and
+//! writes the outcomes in the transaction that holds the lanes. The crash windows: before an ack, the event is
+//! pending and its lane free as soon as the connection falls; after the ack and before the commit, the event is
+//! published again and JetStream drops it by its message id. A claim received while the service drains is
+//! released untouched. Ends when the claimer hangs up.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use crossbeam_channel::{Receiver, Sender};
+
+use crate::boottime::Boottime;
+use crate::event::Outcome;
+use crate::health::Heartbeat;
+use crate::metrics::Metrics;
+use crate::publish::{Publish, Report};
+use crate::store::{Claim, Settled};
+
+/// A claim on its way from the claimer to a worker.
+pub struct Job {
+    /// The locked lanes and their events.
+    pub claim: Claim,
+    /// When the events had been read; the budget counts from here.
+    pub read_at: Boottime,
+}
+
+/// What the workers did while the service drained.
+#[derive(Default)]
+pub struct DrainCount {
+    /// Events settled after the stop.
+    pub drained: AtomicUsize,
+    /// Events released after the stop.
+    pub released: AtomicUsize,
+}
+
+/// One worker thread.
+pub struct Worker {
+    /// Which session of the publisher is its own.
+    pub slot: usize,
+    /// Where claims come from.
+    pub jobs: Receiver<Job>,
+    /// Where it says that it is free.
+    pub free: Sender<()>,
+    /// What it publishes with.
+    pub publish: Arc<Publish>,
+    /// How long a claim may send.
+    pub claim_budget: Duration,
+    /// Counters of the drain, shared by all workers.
+    pub drain: Arc<DrainCount>,
+    /// Its pulse.
+    pub heartbeat: Heartbeat,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
+impl Worker {
+    /// Runs until the claimer hangs up.
+    ///
+    /// # Errors
+    /// None of its own: what fails in a claim is logged and left to the next claim.
+    pub fn run(self) -> Result<()> {
+        loop {
+            self.heartbeat.idle();
+            // The channel holds a token for every worker, so this never blocks.
+            if self.free.send(()).is_err() {
+                return Ok(());
+            }
+            let Ok(job) = self.jobs.recv() else { return Ok(()) };
+            self.heartbeat.beat();
+            self.work(job);
+        }
+    }
+
+    fn work(&self, job: Job) {
+        let Job { mut claim, read_at } = job;
+        let events: Vec<_> = claim.take_events().into_iter().map(Arc::new).collect();
+        if self.is_draining() {
+            self.drain.released.fetch_add(events.len(), Ordering::Relaxed);
+            return release(claim);
+        }
+        let started = Instant::now();
+        let report = self.publish.claim(self.slot, &events, read_at.plus(self.claim_budget));
+        let published_in = started.elapsed();
+        self.metrics.publish_took(published_in);
+        let touched = report.outcomes.iter().filter(|outcome| **outcome != Outcome::Untouched).count();
+        if touched == 0 {
+            return release(claim);
+        }
+        let settling = Instant::now();
+        match claim.settle(events.iter().map(AsRef::as_ref).zip(&report.outcomes)) {
+            Ok(settled) => {
+                self.metrics.settle_took(settling.elapsed());
+                self.metrics.claim_took(Boottime::now().since(read_at));
+                self.count(&settled, &report);
+                if self.is_draining() {
+                    self.drain.drained.fetch_add(touched, Ordering::Relaxed);
+                    self.drain.released.fetch_add(events.len() - touched, Ordering::Relaxed);
+                }
+                if settled.missed > 0 {
+                    log::warn!(
+                        "rows changed under the claim: missed={} of {touched}; somebody else settled or deleted them",
+                        settled.missed
+                    );
+                }
+                log::debug!(
+                    "claim settled: events={} published={} duplicates={} retried={} dead={} publish={published_in:.1?} settle={:.1?}",
+                    events.len(),
+                    settled.published,
+                    report.duplicates,
+                    settled.retried,
+                    settled.dead,
+                    settling.elapsed()
+                );
+            }
+            Err(error) => {
+                self.metrics.postgres_error();
+                log::error!(
+                    "settle failed: events={touched} will be published again, and dropped by the stream within its \
+                     duplicate window: {error}"
+                );
+            }
+        }
+    }
+
+    fn count(&self, settled: &Settled, report: &Report) {
+        self.metrics.published(settled.published, report.duplicates);
+        self.metrics.retried(settled.retried.saturating_sub(report.unanswered));
+        self.metrics.dead(settled.dead);
+        self.metrics.unanswered(report.unanswered);
+    }
+
+    fn is_draining(&self) -> bool {
+        self.publish.draining.load(Ordering::Relaxed)
+    }
+}
+
+/// Gives a claim back. Should even that fail, its connection is closed, which does the same.
+fn release(claim: Claim) {
+    if let Err(error) = claim.release() {
+        log::debug!("release failed, the connection is closed: {error}");
+    }
+}
