@@ -1,4 +1,7 @@
-//! The commands of the program, one module each. A command takes plain values and prints to what it is given;
-//! what the flags are called, and which exit code an error becomes, is main's.
+//! The commands of the program, one file each. Every one takes plain arguments and returns a result that
+//! `main.rs` turns into an exit code; none of them exits by itself.
 
+pub mod check;
+pub mod demo;
 pub mod migrate;
+pub mod run;

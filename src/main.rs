@@ -1,2 +1,100 @@
-//! flags to a command, result to an exit code
-fn main() {}
+//! The program `pg-outbox`: flags to a command, its result to an exit code; nothing else.
+//!
+//! Exit codes: 0 done; 1 it failed, or a check found something; 78 (`EX_CONFIG`) the configuration is bad, which
+//! systemd must not answer by starting again; 130 cut short by a second signal.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, ValueEnum};
+use pg_outbox::command::demo::{self, DemoOptions};
+use pg_outbox::command::{check, migrate, run};
+use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
+
+const FAILED: u8 = 1;
+const BAD_CONFIG: u8 = 78;
+const CUT_SHORT: u8 = 130;
+
+/// Publishes the events of a PostgreSQL outbox table to NATS: none lost, in order per key, hardly ever twice.
+#[derive(Parser)]
+#[command(version, propagate_version = true)]
+struct Cli {
+    /// The configuration file.
+    #[arg(short, long, global = true, value_name = "FILE", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon until SIGTERM or SIGINT (the default).
+    Run,
+    /// Look at configuration, database, schema and stream; say what is missing and what to do.
+    Check,
+    /// Bring the database schema up to date. Safe to repeat.
+    Migrate {
+        /// What makes events wait for each other; chosen once, by the first migration (then: key).
+        #[arg(long, value_enum)]
+        order: Option<Order>,
+    },
+    /// Try it out: private servers, a writer, the daemon, and a reader that checks what arrives.
+    Demo {
+        /// Events to commit.
+        #[arg(long, default_value_t = 10_000)]
+        events: u64,
+        /// Leave everything running afterwards, until Ctrl-C.
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+/// As [`migrate::Order`], for the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum Order {
+    /// The metadata field `ordering-key`, else the topic.
+    Key,
+    /// The topic alone.
+    Topic,
+    /// Everything: one order over all events.
+    All,
+}
+
+impl From<Order> for migrate::Order {
+    fn from(order: Order) -> migrate::Order {
+        match order {
+            Order::Key => migrate::Order::Key,
+            Order::Topic => migrate::Order::Topic,
+            Order::All => migrate::Order::All,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match execute(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("pg-outbox: {error:#}");
+            if error.is::<ConfigError>() { BAD_CONFIG.into() } else { FAILED.into() }
+        }
+    }
+}
+
+fn execute(cli: &Cli) -> Result<ExitCode> {
+    let done = |ok: bool| if ok { ExitCode::SUCCESS } else { FAILED.into() };
+    Ok(match cli.command.as_ref().unwrap_or(&Command::Run) {
+        Command::Run => match run::run(&cli.config)? {
+            run::Ended::Drained => ExitCode::SUCCESS,
+            run::Ended::CutShort => CUT_SHORT.into(),
+        },
+        Command::Check => done(check::run(&cli.config)?),
+        Command::Migrate { order } => {
+            let config = Config::load(&cli.config)?;
+            migrate::run(&config.database, order.map(Into::into), &mut std::io::stdout())?;
+            ExitCode::SUCCESS
+        }
+        Command::Demo { events, keep } => done(demo::run(DemoOptions { events: *events, keep: *keep })?),
+    })
+}

@@ -1,0 +1,102 @@
+//! `pg-outbox check`: reads the configuration, looks at both servers, and says line by line what is ready.
+//!
+//! Changes nothing. Every line says ok, or what is wrong and what to do.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::answer::StreamFacts;
+use crate::config::Config;
+use crate::health::Health;
+use crate::metrics::Metrics;
+use crate::publisher::Publisher;
+use crate::store::{ClaimSettings, Store};
+use crate::topic_map;
+
+/// Checks everything and prints one line each. True when all is ready.
+///
+/// # Errors
+/// A configuration that cannot be read ([`crate::config::ConfigError`]).
+pub fn run(path: &Path) -> Result<bool> {
+    let config = Config::load(path)?;
+    let mut report = Report { ok: true };
+    report.line("config", Ok(path.display().to_string()));
+    check_database(&config, &mut report);
+    check_nats(&config, &mut report);
+    Ok(report.ok)
+}
+
+struct Report {
+    ok: bool,
+}
+
+impl Report {
+    fn line(&mut self, what: &str, result: Result<String, String>) {
+        match result {
+            Ok(detail) => println!("ok    {what}: {detail}"),
+            Err(problem) => {
+                self.ok = false;
+                println!("FAIL  {what}: {problem}");
+            }
+        }
+    }
+}
+
+fn check_database(config: &Config, report: &mut Report) {
+    let store = match Store::new(&config.database, &config.dispatcher.instance_id, ClaimSettings::default()) {
+        Ok(store) => store,
+        Err(error) => return report.line("postgres", Err(format!("{error:#}"))),
+    };
+    match store.server_version() {
+        Ok(version) => report.line("postgres", Ok(format!("connected, server {version}"))),
+        Err(error) => return report.line("postgres", Err(error.to_string())),
+    }
+    match store.schema_problems() {
+        Ok(problems) if problems.is_empty() => report.line("schema", Ok("complete".into())),
+        Ok(problems) => {
+            for problem in problems {
+                report.line("schema", Err(problem));
+            }
+        }
+        Err(error) => report.line("schema", Err(error.to_string())),
+    }
+    if config.database.listen {
+        match store.listener(config.database.listen_dsn.as_ref()) {
+            Ok(_) => report.line("wake-up", Ok("LISTEN works".into())),
+            Err(error) => {
+                report.line("wake-up", Err(format!("{error}; set database.listen: false to poll instead")));
+            }
+        }
+    }
+}
+
+fn check_nats(config: &Config, report: &mut Report) {
+    let instance = &config.dispatcher.instance_id;
+    let (_, keeper) = Publisher::new(config.nats.clone(), instance, 1, Health::default(), Metrics::new());
+    let facts = match keeper.survey() {
+        Ok((server, facts)) => {
+            report.line("nats", Ok(format!("connected to {server}")));
+            facts
+        }
+        Err(error) => return report.line("nats", Err(format!("{error:#}"))),
+    };
+    if !config.nats.jetstream.enabled {
+        return report.line("stream", Ok("not used: core NATS".into()));
+    }
+    let stream = &config.nats.jetstream.stream_name;
+    report.line("stream", Ok(format!("{stream} takes {}", facts.subjects.join(", "))));
+    for target in config.nats.topic_map.targets() {
+        report.line("topic map", check_target(target, stream, &facts));
+    }
+}
+
+fn check_target(target: &str, stream: &str, facts: &StreamFacts) -> Result<String, String> {
+    if facts.subjects.iter().any(|subject| topic_map::contains(subject, target)) {
+        Ok(format!("{target} is in stream {stream}"))
+    } else {
+        Err(format!(
+            "{target} is not in stream {stream}: add it to the stream's subjects or map the topic elsewhere"
+        ))
+    }
+}
