@@ -1,7 +1,3 @@
-//! The integration tests: one binary.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on must end, and says where")]
-
-mod http;
 //! The integration tests: one binary, over a real PostgreSQL and a real nats-server.
 //!
 //! Each test has a database and a stream of its own on servers that all tests share, so that they run side by
@@ -10,7 +6,11 @@ mod http;
 #![allow(unreachable_pub, reason = "nothing of a test binary can be reached from outside")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must end, and says where")]
 
+mod delivery;
 mod demo;
 mod harness;
 mod harness_test;
+mod http;
+mod outages;
+mod rejections;
 mod sandbox;

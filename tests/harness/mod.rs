@@ -17,7 +17,7 @@ pub mod workload;
 pub use daemon::{Config, Daemon};
 pub use database::{TestDb, database};
 pub use history::{Committed, History, Verdict, check_history};
-pub use stream::{Stored, TestStream, stream};
+pub use stream::{Stored, TestStream, start_nats, stream};
 pub use workload::{Workload, writers};
 
 use std::sync::atomic::{AtomicUsize, Ordering};

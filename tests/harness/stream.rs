@@ -37,6 +37,12 @@ pub fn current_nats_server() -> PathBuf {
     program
 }
 
+/// A private server, for a test that stops or pauses it; `config` is added to its config file.
+pub fn start_nats(config: &str) -> Nats {
+    let options = NatsOptions { config: config.to_owned(), ..NatsOptions::default() };
+    Nats::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
 /// A stream of one's own on the shared server.
 pub fn stream() -> TestStream {
     TestStream::on(&shared_nats().url(), &json!({}))
