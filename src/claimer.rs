@@ -94,7 +94,6 @@ impl Claimer {
             let rest = match self.claim(first_lane) {
                 Ok(job) if job.claim.is_empty() => {
                     trouble.over(&self.health);
-                    self.publisher.confirm_idle();
                     self.rest()
                 }
                 Ok(job) => {
@@ -191,6 +190,10 @@ impl Claimer {
             if self.listening.load(Ordering::Relaxed) { self.fallback_interval } else { self.poll_interval };
         match self.store.outlook() {
             Ok(outlook) => {
+                if !outlook.claims_open {
+                    // Nothing to claim, and not because somebody else has it: a trial of the gate is passed.
+                    self.publisher.confirm_idle();
+                }
                 let retry = outlook.next_due.unwrap_or(longest).max(REST_MIN);
                 let others = if outlook.claims_open { self.poll_interval } else { longest };
                 longest.min(retry).min(others)

@@ -254,7 +254,7 @@ impl<'a> Flight<'a> {
             let Some(index) = self.order.next_ready() else { return };
             let Some(message) = self.prepare(index) else { continue };
             let deadline = Instant::now() + self.publish.ack_timeout;
-            match self.session.publish(message, deadline) {
+            match self.session.publish(message, self.budget, deadline) {
                 Ok(token) => {
                     self.in_flight.insert(token, index);
                     self.waits.push_back((deadline, token));
@@ -459,7 +459,7 @@ impl<'a> Flight<'a> {
             {
                 let Some(message) = self.prepare(index) else { break };
                 let deadline = Instant::now() + self.publish.ack_timeout;
-                match self.session.publish(message, deadline) {
+                match self.session.publish(message, self.budget, deadline) {
                     Ok(_) => {}
                     Err(NotSent::Stuck) => self.outage = Some("the server takes nothing from us".into()),
                     Err(NotSent::Down(cause)) => self.outage = Some(cause),

@@ -513,6 +513,12 @@ impl Server {
         for child in children(pid)? {
             send_if_there(child, Signal::STOP);
         }
+        // The signal is only on its way: on a busy machine a thread may run on for a moment.
+        let deadline = Instant::now() + STOP_LIMIT;
+        while !stands_still(pid)? {
+            ensure!(Instant::now() < deadline, "{} does not stand still after SIGSTOP", self.name);
+            sleep(Duration::from_millis(1));
+        }
         Ok(())
     }
 
@@ -718,6 +724,21 @@ fn children(pid: u32) -> Result<Vec<u32>> {
     let path = format!("/proc/{pid}/task/{pid}/children");
     let list = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     list.split_whitespace().map(|child| child.parse().with_context(|| format!("{path}: {child}"))).collect()
+}
+
+/// Whether every thread of the process is stopped.
+fn stands_still(pid: u32) -> Result<bool> {
+    for thread in
+        fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("list threads of {pid}"))?
+    {
+        let stat = fs::read_to_string(thread?.path().join("stat")).unwrap_or_default();
+        // The state is the first field behind the name, which is in parentheses and may hold anything.
+        let state = stat.rsplit_once(')').map_or("", |(_, fields)| fields.trim_start());
+        if !stat.is_empty() && !state.starts_with('T') {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn send(pid: u32, signal: Signal) -> Result<()> {

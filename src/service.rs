@@ -36,7 +36,7 @@ use crate::store::{ClaimSettings, Store};
 use crate::wakeup::Wakeup;
 use crate::worker::{DrainCount, Worker};
 
-/// A thread that makes no progress for so long counts as stuck. Longer than any wait it may lawfully be in.
+/// A thread that makes no progress for so long, beyond the waits of a claim, counts as stuck.
 const STUCK: Duration = Duration::from_secs(120);
 /// Spare time between the end of a claim's waits and the database ending its transaction.
 const IDLE_IN_TRANSACTION_SPARE: Duration = Duration::from_secs(15);
@@ -104,15 +104,15 @@ impl Service {
         let metrics = Metrics::new();
         let Config { dispatcher, ordering, database, nats, metrics: http, logging: _ } = config;
         let workers = dispatcher.workers;
+        // A claim sends, waits for the last ack, and may probe twice as long again.
+        let longest_claim = dispatcher.claim_budget + 3 * nats.ack_timeout;
+        let stuck = longest_claim + STUCK;
         let store = Store::new(
             &database,
             &dispatcher.instance_id,
             ClaimSettings {
                 synchronous_commit: database.synchronous_commit,
-                // A claim sends, waits for the last ack, and may probe twice as long again.
-                idle_in_transaction_timeout: dispatcher.claim_budget
-                    + 3 * nats.ack_timeout
-                    + IDLE_IN_TRANSACTION_SPARE,
+                idle_in_transaction_timeout: longest_claim + IDLE_IN_TRANSACTION_SPARE,
                 ordered: ordering.enabled,
                 block_on_dead: ordering.on_dead == OnDead::Block,
                 backoff_max: dispatcher.backoff_max,
@@ -173,7 +173,7 @@ impl Service {
                 publish: publish.clone(),
                 claim_budget: dispatcher.claim_budget,
                 drain: drain.clone(),
-                heartbeat: health.thread(&name, STUCK),
+                heartbeat: health.thread(&name, stuck),
                 metrics: metrics.clone(),
             };
             let working = working.clone();
@@ -189,14 +189,14 @@ impl Service {
                 dsn: database.listen_dsn,
                 wake: wake.clone(),
                 listening: listening.clone(),
-                heartbeat: health.thread("wake-up", STUCK),
+                heartbeat: health.thread("wake-up", stuck),
             };
             let stop = stopped.clone();
             threads.spawn("wake-up", move || wakeup.run(&stop))?;
         }
         let janitor = Janitor {
             store: store.clone(),
-            heartbeat: health.thread("janitor", STUCK),
+            heartbeat: health.thread("janitor", stuck),
             metrics: metrics.clone(),
         };
         let stop_janitor = stopped.clone();
@@ -213,7 +213,7 @@ impl Service {
             poll_interval: dispatcher.poll_interval,
             fallback_interval: dispatcher.fallback_interval,
             health: health.clone(),
-            heartbeat: health.thread("claimer", STUCK),
+            heartbeat: health.thread("claimer", stuck),
             metrics: metrics.clone(),
         };
         // The wake-up's sender lives as long as the claimer: without LISTEN its channel must stay silent, not end.

@@ -26,6 +26,7 @@ use anyhow::{Result, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use crate::answer;
+use crate::boottime::Boottime;
 use crate::config;
 use crate::event::Event;
 
@@ -68,6 +69,8 @@ pub(super) struct Written {
     pub(super) reply: Option<String>,
     pub(super) headers: Option<String>,
     pub(super) body: Body,
+    /// Not to be written after this: somebody else may have taken the event over.
+    pub(super) not_after: Option<Boottime>,
 }
 
 pub(super) enum Body {
@@ -161,6 +164,9 @@ impl Writer {
     /// takes the first textual match of `Nats-Msg-Id`, so it must come before anything an application wrote.
     /// Hence the whole block goes in as the value of one header; the crate writes values as they are.
     fn publish(&self, message: &Written) -> std::io::Result<usize> {
+        if message.not_after.is_some_and(Boottime::is_past) {
+            return Ok(0);
+        }
         let headers =
             message.headers.as_deref().and_then(|block| block.split_once(':')).map(|(name, rest)| {
                 let mut map = nats::HeaderMap::new();

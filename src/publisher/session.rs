@@ -11,6 +11,7 @@ use crossbeam_channel::{TrySendError, select};
 
 use super::link::{Body, Inbound, Link, Written};
 use crate::answer::{self, Answer, StreamFacts};
+use crate::boottime::Boottime;
 use crate::config;
 use crate::event::Event;
 
@@ -97,16 +98,19 @@ impl Session {
 
     /// Hands an event to the writer and returns the token that its answer will carry.
     ///
-    /// In core NATS no answer comes; a later [`Session::echo`] tells that it was received.
+    /// The writer drops a message that it comes to after `not_after`, as after a pause of this process: somebody
+    /// else may have taken the event over by then. Its answer then never comes. In core NATS no answer comes
+    /// anyway, a later [`Session::echo`] tells that the message was received, and so none is dropped.
     ///
     /// # Errors
     /// See [`NotSent`].
-    pub fn publish(&self, message: Outgoing, deadline: Instant) -> Result<u64, NotSent> {
+    pub fn publish(&self, message: Outgoing, not_after: Boottime, deadline: Instant) -> Result<u64, NotSent> {
         let token = self.token();
         let reply = self.jetstream.enabled.then(|| self.reply(PUBLISH, token));
+        let not_after = self.jetstream.enabled.then_some(not_after);
         let Outgoing { subject, headers, event } = message;
         self.hand_over(
-            Written { subject, reply, headers: Some(headers), body: Body::Event(event) },
+            Written { subject, reply, headers: Some(headers), body: Body::Event(event), not_after },
             deadline,
         )?;
         Ok(token)
@@ -121,7 +125,7 @@ impl Session {
         let token = self.token();
         let subject = self.reply(ECHO, token);
         self.hand_over(
-            Written { subject, reply: None, headers: None, body: Body::Bytes(Vec::new()) },
+            Written { subject, reply: None, headers: None, body: Body::Bytes(Vec::new()), not_after: None },
             deadline,
         )?;
         Ok(token)
@@ -209,8 +213,13 @@ impl Session {
         if self.jetstream.enabled {
             let token = self.token();
             let reply = Some(self.reply(STREAM, token));
-            let question =
-                Written { subject: question.to_string(), reply, headers: None, body: Body::Bytes(body) };
+            let question = Written {
+                subject: question.to_string(),
+                reply,
+                headers: None,
+                body: Body::Bytes(body),
+                not_after: None,
+            };
             self.hand_over(question, deadline).map_err(not_sent)?;
             asked = Some(token);
         } else {
