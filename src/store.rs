@@ -309,7 +309,8 @@ impl Store {
         Ok(Listener { client })
     }
 
-    /// Brings the schema up to date over a connection of its own. `order` is what a key is (`key`, `topic`
+    /// Brings the schema up to date over a connection of its own, which must not lead through a transaction
+    /// pooler. `order` is what a key is (`key`, `topic`
     /// or `all`), chosen by the first migration; `None` is `key` then, and whatever it is later.
     ///
     /// # Errors
@@ -931,6 +932,16 @@ fn usize_of(n: i32) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Claims travel from the thread that begins them to the one that settles them.
+    #[test]
+    fn claims_and_stores_go_between_threads() {
+        fn send<T: Send>() {}
+        fn shared<T: Send + Sync + Clone>() {}
+        send::<Claim>();
+        send::<Listener>();
+        shared::<Store>();
+    }
 
     fn parse(dsn: &str) -> Result<postgres::Config, StoreError> {
         connection_config(&Secret::new(dsn), "node-1", Duration::from_secs(5))

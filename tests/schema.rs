@@ -34,16 +34,17 @@ fn run_migrate(dsn: &str, order: Option<Order>) -> Result<String, String> {
 
 /// The schema as text. Newer versions of pg_dump put a random word into two lines.
 fn dump(db: &TestDb) -> String {
-    let output = pg_dump().args(["--schema-only", "-d", &db.dsn]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8(output.stdout).unwrap();
+    let text = pg_dump(db, &["--schema-only"]);
     text.lines().filter(|line| !line.starts_with('\\')).collect::<Vec<_>>().join("\n")
 }
 
-/// The pg_dump of the server that the tests run on.
-fn pg_dump() -> Command {
+/// What pg_dump, of the server that the tests run on, says about a database.
+fn pg_dump(db: &TestDb, arguments: &[&str]) -> String {
     let psql = shared_postgres().psql("postgres");
-    Command::new(Path::new(psql.get_program()).with_file_name("pg_dump"))
+    let mut command = Command::new(Path::new(psql.get_program()).with_file_name("pg_dump"));
+    let output = command.args(arguments).args(["-d", &db.dsn]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn store(db: &TestDb) -> Store {
@@ -482,8 +483,7 @@ fn a_dump_restores_elsewhere() {
     let (from, to) = (database(), TestDb::without_schema(shared_postgres()));
     from.events("order.placed", 10, 3);
     let file = tempfile::NamedTempFile::new().unwrap();
-    let output = pg_dump().args(["-d", &from.dsn]).output().unwrap();
-    std::fs::write(file.path(), output.stdout).unwrap();
+    std::fs::write(file.path(), pg_dump(&from, &[])).unwrap();
     let output = shared_postgres().psql(&to.name).arg("-f").arg(file.path()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(to.pending(), 10);
