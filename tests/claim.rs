@@ -393,28 +393,41 @@ fn a_retry_further_off_than_the_longest_backoff_is_due() {
     let seq = db.event("order.placed", "a", "{}");
     retry_in(&db, seq, "299 seconds");
     assert!(claim_is_empty(&store));
-    assert!(store.next_due().unwrap().unwrap() > Duration::from_secs(290));
+    assert!(store.outlook().unwrap().next_due.unwrap() > Duration::from_secs(290));
     retry_in(&db, seq, "10 minutes");
     assert_eq!(claimable(&store), [seq]);
-    assert_eq!(store.next_due().unwrap(), Some(Duration::ZERO));
+    assert_eq!(store.outlook().unwrap().next_due, Some(Duration::ZERO));
     db.execute("UPDATE outboxes SET next_attempt_at = 'infinity'");
     assert_eq!(claimable(&store), [seq]);
-    assert_eq!(store.next_due().unwrap(), Some(Duration::ZERO));
+    assert_eq!(store.outlook().unwrap().next_due, Some(Duration::ZERO));
 }
 
 #[test]
 fn next_due_is_the_earliest_retry_of_all() {
     let db = database();
     let store = store(&db);
-    assert_eq!(store.next_due().unwrap(), None);
+    assert_eq!(store.outlook().unwrap().next_due, None);
     for (key, interval) in [("a", "100 seconds"), ("b", "40 seconds"), ("c", "200 seconds")] {
         let seq = db.event("order.placed", key, "{}");
         retry_in(&db, seq, interval);
     }
-    let due = store.next_due().unwrap().unwrap();
+    let due = store.outlook().unwrap().next_due.unwrap();
     assert!((Duration::from_secs(35)..=Duration::from_secs(40)).contains(&due), "{due:?}");
     db.execute("UPDATE outboxes SET dead_at = now() WHERE seq = 2");
-    assert!(store.next_due().unwrap().unwrap() > Duration::from_secs(90));
+    assert!(store.outlook().unwrap().next_due.unwrap() > Duration::from_secs(90));
+}
+
+#[test]
+fn an_open_claim_is_there_to_see_for_others() {
+    let db = database();
+    let (one, other) = (store(&db), store(&db));
+    assert!(!other.outlook().unwrap().claims_open);
+    db.event("order.placed", "a", "{}");
+    let claim = one.claim(0, LANES, 10).unwrap();
+    assert!(claim_is_empty(&other), "the lane is locked");
+    assert!(other.outlook().unwrap().claims_open, "so it is worth looking again soon");
+    drop(claim);
+    assert!(!other.outlook().unwrap().claims_open);
 }
 
 #[test]

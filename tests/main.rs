@@ -6,9 +6,9 @@
 #![allow(unreachable_pub, reason = "nothing of a test binary can be reached from outside")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must end, and says where")]
 
+mod claim;
 mod delivery;
 mod demo;
-mod claim;
 mod harness;
 mod harness_test;
 mod http;
