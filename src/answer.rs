@@ -102,6 +102,8 @@ pub struct StreamFacts {
     pub max_msg_size: Option<usize>,
     /// Largest stream in bytes; `None` without a limit.
     pub max_bytes: Option<usize>,
+    /// Whether the stream takes atomic batches (nats-server 2.12 and later, `allow_atomic`).
+    pub allow_atomic: bool,
 }
 
 impl StreamFacts {
@@ -126,6 +128,8 @@ struct StreamConfig {
     max_msg_size: i64,
     #[serde(default)]
     max_bytes: i64,
+    #[serde(default)]
+    allow_atomic: bool,
     #[serde(default)]
     sealed: bool,
     mirror: Option<serde_json::Value>,
@@ -173,6 +177,7 @@ fn facts(config: StreamConfig) -> StreamFacts {
     StreamFacts {
         max_msg_size: limit(config.max_msg_size),
         max_bytes: limit(config.max_bytes),
+        allow_atomic: config.allow_atomic,
         subjects: config.subjects,
     }
 }

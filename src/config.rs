@@ -232,13 +232,15 @@ pub enum NatsAuth {
     CredentialsFile(PathBuf),
 }
 
-/// The stream, and how to create it. What is not `enabled` or `stream_name` has no effect without `create`.
+/// The stream, and how to create it. What follows `create` has no effect without `create`.
 #[derive(Debug, Clone)]
 pub struct JetStream {
     /// false: core NATS. Default true.
     pub enabled: bool,
     /// The stream every event must land in: no blank and none of `. * > / \`. Default EVENTS.
     pub stream_name: String,
+    /// Send long runs of one key as atomic batches where the stream takes them. Default true.
+    pub atomic_batches: bool,
     /// Create the stream when it is missing. Default false.
     pub create: bool,
     /// Subjects of a stream we create, wildcards allowed. Required with `create`. Default none.
@@ -424,6 +426,7 @@ fn jetstream(reading: &mut Reading<'_>, nats: &Section<'_>) -> JetStream {
     JetStream {
         enabled: value.of("enabled", true, boolean),
         stream_name: value.of("stream_name", "EVENTS".to_owned(), stream_name),
+        atomic_batches: value.of("atomic_batches", true, boolean),
         create: value.of("create", false, boolean),
         subjects: value.of("subjects", Vec::new(), subjects),
         storage: value.of("storage", Storage::File, one_of("kind of storage", &storage)),

@@ -6,6 +6,11 @@
 //! is judged by a probe: if the server and the stream answer, this event alone is *unanswered*; if not, it is an
 //! outage, and nothing is charged to any event.
 //!
+//! Where the stream takes atomic batches, a long run of one key's events goes as one: stored whole or not at all, so
+//! their order holds though they are in flight together. Whatever answer a batch gets but "stored", its events are
+//! sent again one by one, and the answers to those are what counts: a batch that was stored although its answer was
+//! lost is told by `duplicate: true`, and only the event at fault is refused.
+//!
 //! Core NATS acknowledges nothing. There a round of events is sent, then a fence: our own message, which comes
 //! back after the server has processed all that went before it on the same connection. Only then are they settled.
 //!
@@ -31,6 +36,10 @@ use crate::topic_map::{self, TopicMap};
 /// Unacknowledged events of all workers together. A stream's leader refuses more than 10,000 waiting messages
 /// (nats-server 2.11, `max_buffered_msgs`), and half of that already hides every round trip.
 const IN_FLIGHT_MAX: usize = 5_000;
+/// Shortest run of a key that is worth a batch, and the longest that a server takes.
+const BATCH_EVENTS: (usize, usize) = (8, 1_000);
+/// Batches open at once, of all workers together. A stream takes 50, a server 1,000 (nats-server 2.12).
+const BATCHES_OPEN_MAX: usize = 40;
 /// A message's headers, first line included: JetStream's limit is 65,535 bytes (error 10097).
 const HEADERS_MAX: usize = 65_535;
 /// `NATS/1.0` CR LF before the header lines and CR LF behind them.
@@ -54,6 +63,8 @@ pub struct Publish {
     pub jetstream: bool,
     /// The stream, for messages.
     pub stream: String,
+    /// Whether long runs go as atomic batches where the stream takes them.
+    pub batches: bool,
     /// Longest wait for an ack.
     pub ack_timeout: Duration,
     /// Worker threads.
@@ -179,17 +190,42 @@ struct Flight<'a> {
     facts: Option<Arc<StreamFacts>>,
     order: Order,
     outcomes: Vec<Outcome>,
-    /// Token to event, for what was sent and not answered.
-    in_flight: HashMap<u64, usize>,
+    /// Events that go out one by one, as a batch with them was not stored.
+    singly: Vec<bool>,
+    /// Token to run, for what was sent and not answered.
+    in_flight: HashMap<u64, Run>,
+    /// How many events that are.
+    events_in_flight: usize,
     /// The same in the order of sending, with the time at which the wait for each ends.
     waits: VecDeque<(Instant, u64)>,
     /// Sent, and not answered in time.
-    silent: HashMap<u64, usize>,
+    silent: HashMap<u64, Run>,
     /// Answered by "nobody takes this subject".
     unrouted: Vec<usize>,
     duplicates: u64,
     unanswered: u64,
     outage: Option<String>,
+}
+
+/// Events of one key that wait for one answer: one event, or a batch of them.
+#[derive(Debug, Clone)]
+struct Run {
+    /// By index, each the successor of the one before. Never empty.
+    events: Vec<usize>,
+}
+
+impl Run {
+    fn first(&self) -> usize {
+        self.events[0]
+    }
+
+    fn last(&self) -> usize {
+        self.events[self.events.len() - 1]
+    }
+
+    fn is_batch(&self) -> bool {
+        self.events.len() > 1
+    }
 }
 
 impl<'a> Flight<'a> {
@@ -213,7 +249,9 @@ impl<'a> Flight<'a> {
             facts: publish.publisher.facts(),
             order,
             outcomes: vec![Outcome::Untouched; events.len()],
+            singly: vec![false; events.len()],
             in_flight: HashMap::new(),
+            events_in_flight: 0,
             waits: VecDeque::new(),
             silent: HashMap::new(),
             unrouted: Vec::new(),
@@ -250,19 +288,89 @@ impl<'a> Flight<'a> {
     }
 
     fn send_ready(&mut self) {
-        while self.in_flight.len() < self.window && self.may_send() {
+        while self.events_in_flight < self.window && self.may_send() {
             let Some(index) = self.order.next_ready() else { return };
-            let Some(message) = self.prepare(index) else { continue };
+            let run = self.batch_from(index);
             let deadline = Instant::now() + self.publish.ack_timeout;
-            match self.session.publish(message, self.budget, deadline) {
-                Ok(token) => {
-                    self.in_flight.insert(token, index);
+            let sent = if run.is_batch() {
+                self.send_batch(&run, deadline)
+            } else {
+                self.send_event(index, deadline)
+            };
+            match sent {
+                Ok(Some(token)) => {
+                    self.events_in_flight += run.events.len();
+                    self.in_flight.insert(token, run);
                     self.waits.push_back((deadline, token));
                 }
+                Ok(None) => {}
                 Err(NotSent::Stuck) => self.outage = Some("the server takes nothing from us".into()),
                 Err(NotSent::Down(cause)) => self.outage = Some(cause),
             }
         }
+    }
+
+    /// The run that begins with `first`: a batch where that is possible and worth it, else the event alone.
+    fn batch_from(&self, first: usize) -> Run {
+        let alone = Run { events: vec![first] };
+        let (shortest, longest) = BATCH_EVENTS;
+        let open = self.in_flight.values().filter(|run| run.is_batch()).count();
+        if !self.publish.batches
+            || !self.facts.as_ref().is_some_and(|facts| facts.allow_atomic)
+            || open >= (BATCHES_OPEN_MAX / self.publish.workers).max(1)
+        {
+            return alone;
+        }
+        let room = longest.min(self.window - self.events_in_flight);
+        let events: Vec<usize> = std::iter::successors(Some(first), |&index| self.order.successor(index))
+            .take_while(|&index| !self.singly[index])
+            .take(room)
+            .collect();
+        if events.len() >= shortest { Run { events } } else { alone }
+    }
+
+    fn send_event(&mut self, index: usize, deadline: Instant) -> Result<Option<u64>, NotSent> {
+        match self.prepare(index) {
+            Some(message) => self.session.publish(message, self.budget, deadline).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Sends a run as one batch. An event that can never be a message sends them all one by one: its turn will come.
+    fn send_batch(&mut self, run: &Run, deadline: Instant) -> Result<Option<u64>, NotSent> {
+        let max_payload = self.session.max_payload();
+        let facts = self.facts.as_deref();
+        let messages: Result<Vec<Outgoing>, Failure> = run
+            .events
+            .iter()
+            .map(|&index| self.publish.prepare(&self.events[index], max_payload, facts))
+            .collect();
+        let Ok(mut messages) = messages else {
+            self.send_singly(run);
+            return Ok(None);
+        };
+        let batch = Uuid::from_u64_pair(fastrand::u64(..), fastrand::u64(..)).simple();
+        let last = messages.len();
+        for (place, message) in (1..).zip(&mut messages) {
+            let commit = if place == last { "Nats-Batch-Commit: 1\r\n" } else { "" };
+            message.headers = format!(
+                "Nats-Batch-Id: {batch}\r\nNats-Batch-Sequence: {place}\r\n{commit}{}",
+                message.headers
+            );
+        }
+        let Some(commit) = messages.pop() else { return Ok(None) };
+        for message in messages {
+            self.session.publish_part(message, self.budget, deadline)?;
+        }
+        self.session.publish(commit, self.budget, deadline).map(Some)
+    }
+
+    /// The events of a batch that was not stored, or of which nobody knows: each for itself from now on.
+    fn send_singly(&mut self, run: &Run) {
+        for &index in &run.events {
+            self.singly[index] = true;
+        }
+        self.order.put_back(run.first());
     }
 
     /// The message of an event; `None` when the event can never be one, which is then its outcome.
@@ -282,8 +390,9 @@ impl<'a> Flight<'a> {
         match heard {
             Heard::Answer(token, answer) => {
                 // An unknown token answers a claim that was settled before.
-                if let Some(index) = self.in_flight.remove(&token) {
-                    self.answered(index, answer);
+                if let Some(run) = self.in_flight.remove(&token) {
+                    self.events_in_flight -= run.events.len();
+                    self.answered(&run, answer);
                 }
             }
             Heard::Denied(subject) => self.denied(&subject),
@@ -301,13 +410,18 @@ impl<'a> Flight<'a> {
         true
     }
 
-    fn answered(&mut self, index: usize, answer: Answer) {
+    fn answered(&mut self, run: &Run, answer: Answer) {
+        let index = run.first();
         match answer {
             Answer::Stored { duplicate } => {
-                self.published(index);
+                for &index in &run.events {
+                    self.published(index);
+                }
                 self.duplicates += u64::from(duplicate);
-                self.order.stored(index);
+                self.order.stored(run.last());
             }
+            // No error of a batch says which event it means, nor that none was stored.
+            Answer::Refused { .. } | Answer::Outage { .. } if run.is_batch() => self.send_singly(run),
             Answer::Refused { error } => self.fail(index, &Failure::Rejected { error }),
             Answer::NoResponders => self.unrouted.push(index),
             Answer::Outage { cause } => {
@@ -325,15 +439,17 @@ impl<'a> Flight<'a> {
 
     /// The server denied `subject`: every event in flight to it is rejected.
     fn denied(&mut self, subject: &str) {
-        let refused: Vec<u64> = self
-            .in_flight
-            .iter()
-            .filter(|&(_, &index)| self.publish.topic_map.subject(&self.events[index].topic) == subject)
-            .map(|(&token, _)| token)
-            .collect();
-        for token in refused {
-            if let Some(index) = self.in_flight.remove(&token) {
-                self.fail(index, &denial(subject));
+        let is_denied = |&index: &usize| self.publish.topic_map.subject(&self.events[index].topic) == subject;
+        let denied = |run: &Run| run.events.iter().any(is_denied);
+        let tokens: Vec<u64> =
+            self.in_flight.iter().filter(|(_, run)| denied(run)).map(|(&token, _)| token).collect();
+        for token in tokens {
+            let Some(run) = self.in_flight.remove(&token) else { continue };
+            self.events_in_flight -= run.events.len();
+            if run.is_batch() {
+                self.send_singly(&run);
+            } else {
+                self.fail(run.first(), &denial(subject));
             }
         }
     }
@@ -345,8 +461,9 @@ impl<'a> Flight<'a> {
             && deadline <= now
         {
             self.waits.pop_front();
-            if let Some(index) = self.in_flight.remove(&token) {
-                self.silent.insert(token, index);
+            if let Some(run) = self.in_flight.remove(&token) {
+                self.events_in_flight -= run.events.len();
+                self.silent.insert(token, run);
             }
         }
     }
@@ -363,14 +480,14 @@ impl<'a> Flight<'a> {
             self.session.probe(deadline, &mut hear).map(Arc::new)
         };
         for (token, answer) in late {
-            if let Some(index) = self.silent.remove(&token) {
-                self.answered(index, answer);
+            if let Some(run) = self.silent.remove(&token) {
+                self.answered(&run, answer);
             }
         }
         match probed {
             Ok(facts) => {
-                for index in std::mem::take(&mut self.silent).into_values() {
-                    self.stayed_silent(index);
+                for run in std::mem::take(&mut self.silent).into_values() {
+                    self.stayed_silent(run.first());
                 }
                 for index in std::mem::take(&mut self.unrouted) {
                     self.nobody_takes(index, &facts);
@@ -557,7 +674,7 @@ impl<'a> Flight<'a> {
         let publisher = &self.publish.publisher;
         let judged = self.outcomes.iter().any(|outcome| *outcome != Outcome::Untouched);
         match &self.outage {
-            Some(cause) => publisher.outage(cause, self.in_flight.len() + self.silent.len()),
+            Some(cause) => publisher.outage(cause, self.events_in_flight + self.silent.len()),
             None if judged => publisher.confirm(),
             None => {}
         }

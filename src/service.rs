@@ -151,6 +151,7 @@ impl Service {
             ordered: ordering.enabled,
             jetstream: nats.jetstream.enabled,
             stream: nats.jetstream.stream_name,
+            batches: nats.jetstream.atomic_batches,
             ack_timeout: nats.ack_timeout,
             workers,
             draining: draining.clone(),

@@ -164,6 +164,7 @@ nats:
   jetstream:
     enabled: false
     stream_name: OTHER_1
+    atomic_batches: false
     create: true
     subjects: [ app.>, "*.b" ]
     storage: memory
@@ -197,6 +198,7 @@ metrics: { enabled: false, address: "::1", port: 0, path: /m/x }
     let jetstream = nats.jetstream;
     assert_eq!((jetstream.enabled, jetstream.create), (false, true));
     assert_eq!((jetstream.stream_name.as_str(), jetstream.replicas), ("OTHER_1", 5));
+    assert!(!jetstream.atomic_batches);
     assert_eq!(jetstream.subjects, ["app.>", "*.b"]);
     assert_eq!((jetstream.storage, jetstream.duplicate_window), (Storage::Memory, ms(3_600_000)));
     assert_eq!((logging.level, logging.format), (log::LevelFilter::Trace, LogFormat::Text));

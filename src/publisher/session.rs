@@ -116,6 +116,21 @@ impl Session {
         Ok(token)
     }
 
+    /// Hands a message of an atomic batch to the writer that is not its last: it has no answer of its own.
+    ///
+    /// # Errors
+    /// See [`NotSent`].
+    pub fn publish_part(
+        &self,
+        message: Outgoing,
+        not_after: Boottime,
+        deadline: Instant,
+    ) -> Result<(), NotSent> {
+        let Outgoing { subject, headers, event } = message;
+        let (headers, body, not_after) = (Some(headers), Body::Event(event), Some(not_after));
+        self.hand_over(Written { subject, reply: None, headers, body, not_after }, deadline)
+    }
+
     /// Sends a message to our own inbox; it comes back as [`Heard::Echo`] after the server has processed
     /// everything that this link sent before.
     ///
