@@ -88,6 +88,7 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         Command::Run => match run::run(&cli.config)? {
             run::Ended::Drained => ExitCode::SUCCESS,
             run::Ended::CutShort => CUT_SHORT.into(),
+            run::Ended::Failed => FAILED.into(),
         },
         Command::Check => done(check::run(&cli.config)?),
         Command::Migrate { order } => {

@@ -35,7 +35,8 @@ fn a_single_key_goes_in_batches_and_stays_in_order() {
         wait_drained(&db, &stream, &[&daemon], LIMIT);
         times.push(started.elapsed());
         assert_eq!(numbers(&stream), (1..=10_000).collect::<Vec<i64>>());
-        let batches = stream.messages().iter().filter(|message| message.header("Nats-Batch-Id").is_some()).count();
+        let batches =
+            stream.messages().iter().filter(|message| message.header("Nats-Batch-Id").is_some()).count();
         assert_eq!(batches > 9_000, allow_atomic, "{batches} of 10,000 were in batches");
         assert!(daemon.log_lines("outage begins").is_empty(), "{}", daemon.log());
     }
@@ -47,9 +48,11 @@ fn an_event_that_is_refused_is_the_only_one() {
     let nats = current_nats();
     let db = database();
     let stream = TestStream::on(&nats.url(), &json!({ "allow_atomic": true, "max_msg_size": 2_000 }));
-    let config = Config::new(&db, &stream)
-        .set("dispatcher.max_attempts", 1)
-        .set_in("nats.topic_map", "lost.thing", "nowhere.thing");
+    let config = Config::new(&db, &stream).set("dispatcher.max_attempts", 1).set_in(
+        "nats.topic_map",
+        "lost.thing",
+        "nowhere.thing",
+    );
     for n in 1..=60 {
         let (topic, filler) = match n {
             20 => ("lost.thing", 0),
@@ -98,7 +101,8 @@ fn a_hot_key_in_batches_survives_kills_of_server_and_instance() {
     let survivor = Daemon::start(&config);
     survivor.wait_ready();
     let stop = std::sync::atomic::AtomicBool::new(false);
-    let workload = Workload { events: 200_000, keys: 1, pause: Duration::from_millis(5), ..Workload::default() };
+    let workload =
+        Workload { events: 200_000, keys: 1, pause: Duration::from_millis(5), ..Workload::default() };
     let history = std::thread::scope(|scope| {
         let writing = scope.spawn(|| writers_until(&db.dsn, &workload, &stop));
         for round in 0..3 {

@@ -25,12 +25,14 @@ pub enum Ended {
     Drained,
     /// A second signal came while draining.
     CutShort,
+    /// A thread failed; the log says which and why.
+    Failed,
 }
 
 /// Runs the service until a signal stops it.
 ///
 /// # Errors
-/// A bad configuration ([`crate::config::ConfigError`]), what [`Service::start`] says, or the thread that failed.
+/// A bad configuration ([`crate::config::ConfigError`]), or what [`Service::start`] says.
 pub fn run(path: &Path) -> Result<Ended> {
     let config = Config::load(path)?;
     logging::init(&config.logging)?;
@@ -52,7 +54,8 @@ pub fn run(path: &Path) -> Result<Ended> {
             recv(service.failure()) -> failure => {
                 let failure = failure.unwrap_or_else(|_| anyhow::anyhow!("every thread ended"));
                 systemd.stopping();
-                return Err(failure);
+                log::error!("failed: {failure:#}");
+                return Ok(Ended::Failed);
             }
             recv(status) -> _ => {
                 systemd.feed(&service.health().live());
