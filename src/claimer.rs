@@ -11,7 +11,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -43,6 +43,8 @@ pub struct Claimer {
     pub wake: Receiver<()>,
     /// Whether wake-ups can be relied on.
     pub listening: Arc<AtomicBool>,
+    /// Settles that failed since the last one that did not.
+    pub failed_settles: Arc<AtomicU32>,
     /// Worker threads.
     pub workers: usize,
     /// Events of one claim at most.
@@ -86,6 +88,9 @@ impl Claimer {
                 }
             }
             if let Next::Stop = self.await_gate(stop) {
+                return Ok(());
+            }
+            if let Next::Stop = self.await_settles(&mut trouble, stop) {
                 return Ok(());
             }
             self.heartbeat.beat();
@@ -174,6 +179,20 @@ impl Claimer {
         }
     }
 
+    /// Pauses while settles fail, the longer the more of them: what is claimed now can hardly be settled either.
+    fn await_settles(&self, trouble: &mut Trouble, stop: &Receiver<Infallible>) -> Next {
+        let failures = self.failed_settles.load(Ordering::Relaxed);
+        trouble.settles(failures > 0, &self.health);
+        if failures == 0 {
+            return Next::Claim;
+        }
+        let pause = TROUBLE_PAUSE.0.saturating_mul(failures).min(TROUBLE_PAUSE.1);
+        select! {
+            recv(stop) -> _ => Next::Stop,
+            default(pause) => Next::Claim,
+        }
+    }
+
     fn claim(&self, first_lane: i32) -> Result<Job, StoreError> {
         // Each worker its share of the lanes, so that one claim does not lock what the others could work on.
         let workers = i32::try_from(self.workers).unwrap_or(LANES).clamp(1, LANES);
@@ -211,6 +230,7 @@ impl Claimer {
 struct Trouble {
     since: Option<Instant>,
     pause: Duration,
+    settles_fail: bool,
 }
 
 impl Trouble {
@@ -225,6 +245,15 @@ impl Trouble {
         }
         health.set(Part::Postgres, Err(error.to_string()));
         self.pause
+    }
+
+    /// Tells health when settles begin to fail and when they work again.
+    fn settles(&mut self, fail: bool, health: &Health) {
+        if fail != self.settles_fail {
+            self.settles_fail = fail;
+            let state = if fail { Err("settles fail; the log says why".into()) } else { Ok(()) };
+            health.set(Part::Postgres, state);
+        }
     }
 
     fn over(&mut self, health: &Health) {

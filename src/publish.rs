@@ -16,8 +16,8 @@
 //!
 //! Runs on a worker's thread. Never touches the database, never sleeps, and waits only with a deadline.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,9 @@ const BATCHES_OPEN_MAX: usize = 40;
 const HEADERS_MAX: usize = 65_535;
 /// `NATS/1.0` CR LF before the header lines and CR LF behind them.
 const HEADERS_FRAME: usize = 12;
+/// Published events whose settle failed that are remembered. More of them are published again, which the stream
+/// notices within its duplicate window.
+const UNSETTLED_MAX: usize = 100_000;
 /// Events whose silence is remembered. More than this are silent only when all are, and then it is an outage.
 const UNANSWERED_MAX: usize = 10_000;
 
@@ -73,6 +76,8 @@ pub struct Publish {
     pub draining: Arc<AtomicBool>,
     /// Events that were not answered, and how often in a row.
     pub unanswered: Unanswered,
+    /// Events that were published and could not be settled.
+    pub unsettled: Unsettled,
     /// Counters.
     pub metrics: Metrics,
 }
@@ -106,6 +111,46 @@ impl Unanswered {
 
     fn forget(&self, id: Uuid) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+}
+
+/// Events that were published, but whose settle failed: the next claim that reads them settles them without
+/// publishing them again. So a database that takes reads and no writes (a full disk) does not make the same events
+/// go out again and again, beyond the stream's duplicate window. In memory only: a restart forgets them.
+#[derive(Default)]
+pub struct Unsettled {
+    ids: Mutex<HashSet<Uuid>>,
+    /// How many there are, so that the usual case costs no lock.
+    count: AtomicUsize,
+}
+
+impl Unsettled {
+    /// These were published, and their settle failed.
+    pub fn remember(&self, ids: impl Iterator<Item = Uuid>) {
+        let mut set = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in ids {
+            if set.len() < UNSETTLED_MAX {
+                set.insert(id);
+            }
+        }
+        self.count.store(set.len(), Ordering::Relaxed);
+    }
+
+    /// These are settled.
+    pub fn forget(&self, ids: impl Iterator<Item = Uuid>) {
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut set = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in ids {
+            set.remove(&id);
+        }
+        self.count.store(set.len(), Ordering::Relaxed);
+    }
+
+    fn contains(&self, id: Uuid) -> bool {
+        self.count.load(Ordering::Relaxed) > 0
+            && self.ids.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
     }
 }
 
@@ -290,6 +335,9 @@ impl<'a> Flight<'a> {
     fn send_ready(&mut self) {
         while self.events_in_flight < self.window && self.may_send() {
             let Some(index) = self.order.next_ready() else { return };
+            if self.is_published(index) {
+                continue;
+            }
             let run = self.batch_from(index);
             let deadline = Instant::now() + self.publish.ack_timeout;
             let sent = if run.is_batch() {
@@ -310,6 +358,16 @@ impl<'a> Flight<'a> {
         }
     }
 
+    /// True for an event that an earlier claim published and could not settle: nothing is left to do but that.
+    fn is_published(&mut self, index: usize) -> bool {
+        let known = self.publish.unsettled.contains(self.events[index].id);
+        if known {
+            self.published(index);
+            self.order.stored(index);
+        }
+        known
+    }
+
     /// The run that begins with `first`: a batch where that is possible and worth it, else the event alone.
     fn batch_from(&self, first: usize) -> Run {
         let alone = Run { events: vec![first] };
@@ -323,7 +381,9 @@ impl<'a> Flight<'a> {
         }
         let room = longest.min(self.window - self.events_in_flight);
         let events: Vec<usize> = std::iter::successors(Some(first), |&index| self.order.successor(index))
-            .take_while(|&index| !self.singly[index])
+            .take_while(|&index| {
+                !self.singly[index] && !self.publish.unsettled.contains(self.events[index].id)
+            })
             .take(room)
             .collect();
         if events.len() >= shortest { Run { events } } else { alone }
@@ -568,11 +628,15 @@ impl<'a> Flight<'a> {
         let mut sent = 0;
         while sent < self.window && self.may_send() {
             let Some(first) = self.order.next_ready() else { break };
+            if self.is_published(first) {
+                continue;
+            }
             let mut run: Vec<usize> = Vec::new();
             let mut next = Some(first);
             while let Some(index) = next
                 && sent < self.window
                 && self.events[index].topic == self.events[first].topic
+                && !self.publish.unsettled.contains(self.events[index].id)
             {
                 let Some(message) = self.prepare(index) else { break };
                 let deadline = Instant::now() + self.publish.ack_timeout;

@@ -15,7 +15,7 @@
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ use crate::health::Health;
 use crate::http::Http;
 use crate::janitor::Janitor;
 use crate::metrics::Metrics;
-use crate::publish::{Publish, Unanswered};
+use crate::publish::{Publish, Unanswered, Unsettled};
 use crate::publisher::Publisher;
 use crate::retry::Policy;
 use crate::store::{ClaimSettings, Store};
@@ -133,6 +133,7 @@ impl Service {
         let listening = Arc::new(AtomicBool::new(false));
         let draining = Arc::new(AtomicBool::new(false));
         let drain = Arc::new(DrainCount::default());
+        let failed_settles = Arc::new(AtomicU32::new(0));
         let (publisher, keeper) =
             Publisher::new(nats.clone(), &dispatcher.instance_id, workers, health.clone(), metrics.clone());
         let publish = Arc::new(Publish {
@@ -156,6 +157,7 @@ impl Service {
             workers,
             draining: draining.clone(),
             unanswered: Unanswered::default(),
+            unsettled: Unsettled::default(),
             metrics: metrics.clone(),
         });
 
@@ -174,6 +176,7 @@ impl Service {
                 publish: publish.clone(),
                 claim_budget: dispatcher.claim_budget,
                 drain: drain.clone(),
+                failed_settles: failed_settles.clone(),
                 heartbeat: health.thread(&name, stuck),
                 metrics: metrics.clone(),
             };
@@ -209,6 +212,7 @@ impl Service {
             free: freed,
             wake: woken,
             listening,
+            failed_settles,
             workers,
             batch_size: dispatcher.batch_size,
             poll_interval: dispatcher.poll_interval,

@@ -3,11 +3,12 @@
 //! It announces that it is free, receives a claim, publishes its events through its slot of the publisher, and
 //! writes the outcomes in the transaction that holds the lanes. The crash windows: before an ack, the event is
 //! pending and its lane free as soon as the connection falls; after the ack and before the commit, the event is
-//! published again and JetStream drops it by its message id. A claim received while the service drains is
+//! published again and JetStream drops it by its message id. After a settle that failed, this process remembers what
+//! it published and only settles it the next time. A claim received while the service drains is
 //! released untouched. Ends when the claimer hangs up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -51,6 +52,8 @@ pub struct Worker {
     pub claim_budget: Duration,
     /// Counters of the drain, shared by all workers.
     pub drain: Arc<DrainCount>,
+    /// Settles that failed since the last one that did not; the claimer slows down by it.
+    pub failed_settles: Arc<AtomicU32>,
     /// Its pulse.
     pub heartbeat: Heartbeat,
     /// Counters.
@@ -91,8 +94,14 @@ impl Worker {
             return release(claim);
         }
         let settling = Instant::now();
+        let published = || {
+            let pairs = events.iter().zip(&report.outcomes);
+            pairs.filter(|(_, outcome)| **outcome == Outcome::Published).map(|(event, _)| event.id)
+        };
         match claim.settle(events.iter().map(AsRef::as_ref).zip(&report.outcomes)) {
             Ok(settled) => {
+                self.failed_settles.store(0, Ordering::Relaxed);
+                self.publish.unsettled.forget(published());
                 self.metrics.settle_took(settling.elapsed());
                 self.metrics.claim_took(Boottime::now().since(read_at));
                 self.count(&settled, &report);
@@ -118,10 +127,10 @@ impl Worker {
             }
             Err(error) => {
                 self.metrics.postgres_error();
-                log::error!(
-                    "settle failed: events={touched} will be published again, and dropped by the stream within its \
-                     duplicate window: {error}"
-                );
+                self.publish.unsettled.remember(published());
+                let failures = self.failed_settles.fetch_add(1, Ordering::Relaxed);
+                let level = if failures == 0 { log::Level::Error } else { log::Level::Debug };
+                log::log!(level, "settle failed, will settle again: events={touched}: {error}");
             }
         }
     }

@@ -261,3 +261,29 @@ fn a_nats_server_that_comes_late_is_found() {
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     assert_eq!(stream.count(), 10);
 }
+
+/// As on a full disk: PostgreSQL reads and locks, and refuses every settle. The stream forgets ids at once, so
+/// whatever is published again is stored again.
+#[test]
+fn settles_that_fail_publish_nothing_twice() {
+    let db = database();
+    let stream = stream();
+    stream.update(&json!({ "duplicate_window": 100_000_000 }));
+    let daemon = Daemon::start(&Config::new(&db, &stream));
+    daemon.wait_ready();
+    db.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS \
+         $$ BEGIN RAISE 'no space left on device' USING ERRCODE = 'disk_full'; END $$; \
+         CREATE TRIGGER refuse BEFORE UPDATE ON outboxes FOR EACH ROW EXECUTE FUNCTION refuse()",
+    );
+    db.events("order.placed", 40, 10);
+    wait_until("it says that settles fail", LIMIT, &[&daemon], || {
+        daemon.log().contains("settle failed") && daemon.get("/ready").1.contains("settles fail")
+    });
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(daemon.log_lines("ERROR").len(), 1, "said once, not at every claim: {}", daemon.log());
+    db.execute("DROP TRIGGER refuse ON outboxes");
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    assert_eq!(stream.count(), 40, "published once, though settled late");
+    wait_until("it is ready again", LIMIT, &[&daemon], || daemon.get("/ready").0 == 200);
+}
