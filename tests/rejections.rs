@@ -191,3 +191,48 @@ fn a_message_in_the_wrong_stream_never_lands_there() {
     assert!(error.contains("10060"), "{error}");
     assert_eq!(other.count(), 0);
 }
+
+/// The users of [`a_permission_that_was_given_is_not_denied_by_an_old_denial`], with or without the subject.
+fn users_of_a_reload(allow: &str) -> String {
+    format!(
+        r#"authorization {{ users = [
+            {{ user: admin, password: admin }}
+            {{ user: outbox, password: outbox, permissions: {{
+                publish: {{ allow: [{allow}"*.order.>", "_INBOX.>", "$JS.API.STREAM.INFO.*"] }}
+                subscribe: ["_INBOX.>"] }} }} ] }}"#
+    )
+}
+
+#[test]
+fn a_permission_that_was_given_is_not_denied_by_an_old_denial() {
+    let db = database();
+    let folder = tempfile::tempdir().unwrap();
+    let users = folder.path().join("users.conf");
+    std::fs::write(&users, users_of_a_reload("")).unwrap();
+    // nats-server takes the path of an include from the folder of its config file, also an absolute one.
+    let up = "../".repeat(std::env::temp_dir().components().count() + 2);
+    let nats = start_nats(&format!("include '{up}{}'", users.display()));
+    let admin = nats.url().replace("nats://", "nats://admin:admin@");
+    let stream = TestStream::on(&admin, &json!({}));
+    let config = quick_backoff(Config::new(&db, &stream))
+        .set("nats.url", nats.url().replace("nats://", "nats://outbox:outbox@"))
+        .set("dispatcher.max_attempts", 1000);
+    let daemon = Daemon::start(&config);
+    daemon.wait_ready();
+    db.event("secret.thing", "bad", "{}");
+    wait_until("it was denied twice", LIMIT, &[&daemon, &db], || daemon.log_lines("will retry").len() >= 2);
+    std::fs::write(&users, users_of_a_reload("\"*.secret.>\", ")).unwrap();
+    let pid = i32::try_from(nats.pid().unwrap()).ok().and_then(rustix::process::Pid::from_raw).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    wait_until("the event is in the stream", LIMIT, &[&daemon, &db, &nats], || stream.count() == 1);
+    let denied = daemon.log_lines("will retry").len();
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    assert_eq!(
+        daemon.log_lines("connected: nats=").len(),
+        1,
+        "the reload kept the connection: {}",
+        daemon.log()
+    );
+    assert_eq!(daemon.log_lines("will retry").len(), denied, "{}", daemon.log());
+    assert_eq!(daemon.metric("outbox_attempts_total{outcome=\"duplicate\"}"), 0.0, "{}", daemon.log());
+}

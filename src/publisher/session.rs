@@ -83,6 +83,9 @@ const STREAM: char = 's';
 
 impl Session {
     pub(super) fn new(link: Arc<Link>, slot: usize, jetstream: config::JetStream) -> Session {
+        // The server names no message in a denial, so every slot is told of every one. What was denied before
+        // this session sent anything says nothing of what it will send: the permission may be there by now.
+        while link.denials[slot].try_recv().is_ok() {}
         Session { link, slot, jetstream }
     }
 
