@@ -546,8 +546,11 @@ impl<'a> Flight<'a> {
         }
         match probed {
             Ok(facts) => {
-                for run in std::mem::take(&mut self.silent).into_values() {
-                    self.stayed_silent(run.first());
+                let silent = std::mem::take(&mut self.silent);
+                if !self.session.dropped_any() {
+                    for run in silent.into_values() {
+                        self.stayed_silent(run.first());
+                    }
                 }
                 for index in std::mem::take(&mut self.unrouted) {
                     self.nobody_takes(index, &facts);

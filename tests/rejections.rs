@@ -236,3 +236,26 @@ fn a_permission_that_was_given_is_not_denied_by_an_old_denial() {
     assert_eq!(daemon.log_lines("will retry").len(), denied, "{}", daemon.log());
     assert_eq!(daemon.metric("outbox_attempts_total{outcome=\"duplicate\"}"), 0.0, "{}", daemon.log());
 }
+
+#[test]
+fn what_comes_to_the_socket_too_late_is_no_attempt() {
+    let (db, stream) = (database(), stream());
+    let config = Config::new(&db, &stream)
+        .set("dispatcher.claim_budget", "30ms")
+        .set("dispatcher.batch_size", 1000)
+        .set("nats.ack_timeout", "300ms");
+    // 100 kB each: a claim's events are handed over in a moment, and take longer than the budget to be written.
+    db.client()
+        .batch_execute(
+            "INSERT INTO outboxes (topic, metadata, payload)
+             SELECT 'order.placed', jsonb_build_object('ordering-key', n),
+                    to_jsonb((SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 3200) WHERE n > 0))
+             FROM generate_series(1, 400) n",
+        )
+        .unwrap();
+    let daemon = Daemon::start(&config);
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    assert_eq!(stream.count(), 400);
+    assert!(daemon.log_lines("will retry").is_empty(), "{}", daemon.log());
+    assert_eq!(db.number("SELECT count(*) FROM outboxes WHERE attempts <> 1"), 0);
+}

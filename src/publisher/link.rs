@@ -17,7 +17,7 @@
 use std::convert::Infallible;
 use std::io::Read;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -70,7 +70,13 @@ pub(super) struct Written {
     pub(super) headers: Option<String>,
     pub(super) body: Body,
     /// Not to be written after this: somebody else may have taken the event over.
-    pub(super) not_after: Option<Boottime>,
+    pub(super) not_after: Option<NotAfter>,
+}
+
+/// When a message is too late, and where the writer says that it dropped one for that.
+pub(super) struct NotAfter {
+    pub(super) time: Boottime,
+    pub(super) dropped: Arc<AtomicBool>,
 }
 
 pub(super) enum Body {
@@ -164,7 +170,10 @@ impl Writer {
     /// takes the first textual match of `Nats-Msg-Id`, so it must come before anything an application wrote.
     /// Hence the whole block goes in as the value of one header; the crate writes values as they are.
     fn publish(&self, message: &Written) -> std::io::Result<usize> {
-        if message.not_after.is_some_and(Boottime::is_past) {
+        if let Some(not_after) = &message.not_after
+            && not_after.time.is_past()
+        {
+            not_after.dropped.store(true, Ordering::Relaxed);
             return Ok(0);
         }
         let headers =

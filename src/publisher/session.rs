@@ -4,12 +4,12 @@
 //! claim long settled carry a token that nobody waits for; the one who hears them drops them.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crossbeam_channel::{TrySendError, select};
 
-use super::link::{Body, Inbound, Link, Written};
+use super::link::{Body, Inbound, Link, NotAfter, Written};
 use crate::answer::{self, Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::config;
@@ -74,6 +74,8 @@ pub struct Session {
     link: Arc<Link>,
     slot: usize,
     jetstream: config::JetStream,
+    /// Set by the writer when it came to a message of this session too late.
+    dropped: Arc<AtomicBool>,
 }
 
 /// Kinds of tokens: what is asked with them.
@@ -86,7 +88,7 @@ impl Session {
         // The server names no message in a denial, so every slot is told of every one. What was denied before
         // this session sent anything says nothing of what it will send: the permission may be there by now.
         while link.denials[slot].try_recv().is_ok() {}
-        Session { link, slot, jetstream }
+        Session { link, slot, jetstream, dropped: Arc::default() }
     }
 
     /// Takes the link down: nobody uses it any more.
@@ -110,7 +112,8 @@ impl Session {
     pub fn publish(&self, message: Outgoing, not_after: Boottime, deadline: Instant) -> Result<u64, NotSent> {
         let token = self.token();
         let reply = self.jetstream.enabled.then(|| self.reply(PUBLISH, token));
-        let not_after = self.jetstream.enabled.then_some(not_after);
+        let not_after =
+            self.jetstream.enabled.then(|| NotAfter { time: not_after, dropped: self.dropped.clone() });
         let Outgoing { subject, headers, event } = message;
         self.hand_over(
             Written { subject, reply, headers: Some(headers), body: Body::Event(event), not_after },
@@ -262,6 +265,12 @@ impl Session {
             }
         }
         facts.unwrap_or_else(|| Ok(StreamFacts::default())).map_err(ProbeFailure::Stream)
+    }
+
+    /// Whether a message of this session came to the socket too late and was dropped: no answer to one that was
+    /// published then says nothing, as it may be the one.
+    pub fn dropped_any(&self) -> bool {
+        self.dropped.load(Ordering::Relaxed)
     }
 
     /// The server's limit on headers and payload of one message, in bytes.
