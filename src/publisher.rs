@@ -115,8 +115,7 @@ impl Publisher {
 
     /// NATS cannot take events, says `cause`: closes the gate. `in_flight` events were neither stored nor judged.
     pub fn outage(&self, cause: &str, in_flight: usize) {
-        let change = self.state().gate.close(cause, Instant::now(), fastrand::f64());
-        self.say(&change, cause, in_flight);
+        self.change(cause, in_flight, |gate| gate.close(cause, Instant::now(), fastrand::f64()));
         let _ = self.0.keeper_wake.0.try_send(());
     }
 
@@ -129,14 +128,12 @@ impl Publisher {
     /// Events were stored (or there are none to store): passes the trial after an outage.
     pub fn confirm(&self) {
         self.0.busy.store(true, Ordering::Relaxed);
-        let change = self.state().gate.confirm(Instant::now());
-        self.say(&change, "", 0);
+        self.confirm_idle();
     }
 
     /// There is nothing to publish: passes the trial as well.
     pub fn confirm_idle(&self) {
-        let change = self.state().gate.confirm(Instant::now());
-        self.say(&change, "", 0);
+        self.change("", 0, |gate| gate.confirm(Instant::now()));
     }
 
     /// What is known of the stream, at most a moment old or asked anew through `session`.
@@ -173,7 +170,15 @@ impl Publisher {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Logs a change of the gate and tells health, metrics and the claimer.
+    /// Changes the gate and says so before anybody else can change it: else the end of an outage could be told
+    /// before its beginning, and `/ready` would stay with the beginning.
+    fn change(&self, cause: &str, in_flight: usize, change: impl FnOnce(&mut Gate) -> Change) {
+        let mut state = self.state();
+        let change = change(&mut state.gate);
+        self.say(&change, cause, in_flight);
+    }
+
+    /// Logs a change of the gate and tells health and metrics.
     fn say(&self, change: &Change, cause: &str, in_flight: usize) {
         let shared = &self.0;
         let servers = || shared.settings.servers.join(",");

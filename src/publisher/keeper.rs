@@ -134,8 +134,7 @@ impl Keeper {
             }
             let cause = format!("{error:#}");
             self.shared().health.set(Part::Nats, Err(cause.clone()));
-            let change = self.publisher.state().gate.try_failed(&cause, Instant::now(), fastrand::f64());
-            self.publisher.say(&change, &cause, 0);
+            self.publisher.change(&cause, 0, |gate| gate.try_failed(&cause, Instant::now(), fastrand::f64()));
             return Ok(());
         }
         match self.check() {
@@ -195,8 +194,7 @@ impl Keeper {
             }
             ProbeFailure::Stream(_) => self.shared().health.set(Part::Stream, Err(cause.to_string())),
         }
-        let change = self.publisher.state().gate.try_failed(cause, Instant::now(), fastrand::f64());
-        self.publisher.say(&change, cause, 0);
+        self.publisher.change(cause, 0, |gate| gate.try_failed(cause, Instant::now(), fastrand::f64()));
     }
 
     fn open(&self) {
