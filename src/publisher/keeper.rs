@@ -23,6 +23,13 @@ use crate::outage::Gate;
 
 /// How often the keeper looks at a link that is idle.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
+/// Times `nats.connect_timeout` that one dial may take: a connect and a greeting for each of a few addresses, the
+/// crate's own connect, and the first echo.
+const DIAL_WAITS: u32 = 8;
+/// Times `nats.ack_timeout` that one check may take: a probe, and creating the stream.
+const CHECK_WAITS: u32 = 2;
+/// Without a beat for so much longer than those, the thread counts as stuck.
+const STUCK: Duration = Duration::from_secs(120);
 /// Attempts to connect that may hang inside the crate, where nothing can end them. More than this would need
 /// that many networks dying in the middle of a handshake; then the process is better started anew.
 const HANGING_DIALS_MAX: usize = 16;
@@ -47,7 +54,9 @@ impl Keeper {
     /// # Errors
     /// When none of the first `nats.max_retries` attempts to connect succeeds, and when too many attempts hang.
     pub fn run(mut self, stop: &Receiver<Infallible>) -> Result<()> {
-        let heartbeat = self.shared().health.thread("nats", Duration::from_secs(120));
+        let settings = &self.shared().settings;
+        let lawful = DIAL_WAITS * settings.connect_timeout + CHECK_WAITS * settings.ack_timeout;
+        let heartbeat = self.shared().health.thread("nats", lawful + STUCK);
         if !self.first_link(stop)? {
             return Ok(());
         }
