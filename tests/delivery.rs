@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pg_outbox::store::{ClaimSettings, Store};
 use serde_json::Value;
 
 use super::harness::workload::writers_until;
@@ -312,4 +313,20 @@ fn core_nats_delivers_in_order() {
     let history = writers(&db.dsn, &Workload { events: 3_000, ..Workload::default() });
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     check_history(&history.committed, &stream.messages()).assert_clean();
+}
+
+#[test]
+fn a_claim_in_another_database_is_not_taken_for_one_here() {
+    // Made from one template, their tables have the same oid.
+    let (db, twin, stream) = (database(), database(), stream());
+    let config =
+        pg_outbox::config::Config::parse(&Config::new(&db, &stream).yaml(), "test", |_| None).unwrap();
+    let store = Store::new(&config.database, "twin", ClaimSettings::default()).unwrap();
+    let claims_open = || store.outlook().unwrap().claims_open;
+    let mut there = twin.client();
+    there.batch_execute("BEGIN; SELECT lane FROM outbox_lanes FOR UPDATE").unwrap();
+    assert!(!claims_open());
+    let mut here = db.client();
+    here.batch_execute("BEGIN; SELECT lane FROM outbox_lanes FOR UPDATE").unwrap();
+    assert!(claims_open());
 }

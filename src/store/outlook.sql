@@ -2,7 +2,8 @@
 -- due (0 when one is due now, NULL when none is in retry), and whether somebody has a claim open.
 --
 -- Retries: one short index search for each lane and partition, each ending at its first row. Claims: the lock on
--- outbox_lanes that FOR UPDATE takes, which is there to see for every role, while row locks are not.
+-- outbox_lanes that FOR UPDATE takes, which is there to see for every role, while row locks are not. Databases made
+-- from one template give their tables the same oid, so it takes the database to tell them apart.
 --
 -- $1 bigint: longest backoff in ms; a retry further off than that is due, as clocks jump.
 SELECT min(CASE WHEN due.next_attempt_at BETWEEN now() AND now() + $1::bigint * interval '1 ms'
@@ -10,6 +11,7 @@ SELECT min(CASE WHEN due.next_attempt_at BETWEEN now() AND now() + $1::bigint * 
                 ELSE 0 END),
        EXISTS (SELECT FROM pg_locks
                 WHERE locktype = 'relation' AND relation = 'outbox_lanes'::regclass
+                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
                   AND mode = 'RowShareLock' AND granted AND pid <> pg_backend_pid())
   FROM outbox_lanes AS l
  CROSS JOIN LATERAL (
