@@ -29,6 +29,9 @@ pub enum Answer {
     },
 }
 
+/// What the cause says of a stream that does not exist, and could be created.
+pub const MISSING: &str = "is missing";
+
 /// Stream not found.
 const STREAM_NOT_FOUND: u32 = 10059;
 /// Storing failed: limits of the whole stream, or of one subject.
@@ -155,7 +158,7 @@ pub fn stream_answer(body: &[u8], no_responders: bool, stream: &str) -> Result<S
         .map_err(|error| format!("cannot read what JetStream says of stream {stream}: {error}"))?;
     match info {
         StreamInfo { error: Some(error), .. } if error.err_code == STREAM_NOT_FOUND => {
-            Err(format!("stream {stream} is missing: create it, or set nats.jetstream.create: true"))
+            Err(format!("stream {stream} {MISSING}: create it, or set nats.jetstream.create: true"))
         }
         StreamInfo { error: Some(error), .. } => Err(format!("stream {stream}: {}", error.text())),
         StreamInfo { cluster: Some(Cluster { leader }), .. } if leader.is_empty() => {

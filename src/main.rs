@@ -1,7 +1,7 @@
 //! The program `pg-outbox`: flags to a command, its result to an exit code; nothing else.
 //!
-//! Exit codes: 0 done; 1 it failed, or a check found something; 78 (`EX_CONFIG`) the configuration is bad, which
-//! systemd must not answer by starting again; 130 cut short by a second signal.
+//! Exit codes: 0 done; 1 it failed, or a check found something; 2 a bad command line (clap's own); 78 (`EX_CONFIG`)
+//! the configuration is bad, which systemd must not answer by starting again; 130 cut short by a second signal.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,9 +16,27 @@ const FAILED: u8 = 1;
 const BAD_CONFIG: u8 = 78;
 const CUT_SHORT: u8 = 130;
 
+/// What `--help` says after the options.
+const ENVIRONMENT_AND_EXIT_CODES: &str = "\
+Environment, which wins over the configuration file:
+  DATABASE_DSN            database.dsn
+  NATS_URL                nats.url
+  DISPATCHER_INSTANCE_ID  dispatcher.instance_id
+  LOG_LEVEL               logging.level
+
+Exit codes:
+  0    done; for run: stopped by a signal, drained
+  1    it failed, or check found something
+  2    the command line is wrong
+  78   the configuration is bad; every problem is named, and nothing was started
+  130  cut short by a second signal
+
+Signals to run:
+  SIGTERM, SIGINT  drain for up to dispatcher.shutdown_grace, then end; a second one ends at once";
+
 /// Publishes the events of a PostgreSQL outbox table to NATS: none lost, in order per key, hardly ever twice.
 #[derive(Parser)]
-#[command(version, propagate_version = true)]
+#[command(version, propagate_version = true, after_help = ENVIRONMENT_AND_EXIT_CODES)]
 struct Cli {
     /// The configuration file.
     #[arg(short, long, global = true, value_name = "FILE", default_value = DEFAULT_PATH)]
@@ -31,7 +49,7 @@ struct Cli {
 enum Command {
     /// Run the daemon until SIGTERM or SIGINT (the default).
     Run,
-    /// Look at configuration, database, schema and stream; say what is missing and what to do.
+    /// Look at configuration, database, schema and stream; say what is missing and what to do. Changes nothing.
     Check,
     /// Bring the database schema up to date. Safe to repeat.
     Migrate {

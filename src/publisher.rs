@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-pub use self::keeper::Keeper;
+pub use self::keeper::{Keeper, Survey};
 use self::link::Link;
 pub use self::session::{Heard, NotSent, Outgoing, ProbeFailure, Session};
 use crate::answer::{Answer, StreamFacts};

@@ -271,6 +271,8 @@ fn a_missing_stream_is_said_and_charged_to_no_event() {
         let (status, body) = daemon.get("/ready");
         status == 503 && body.contains("is missing") && body.contains("nats.jetstream.create")
     });
+    let (_, body) = daemon.get("/ready");
+    assert!(!body.contains("nats: "), "the connection is there, and no reason: {body}");
     assert_eq!(daemon.get("/health").0, 200);
     assert_eq!(db.number("SELECT coalesce(sum(attempts), 0) FROM outboxes"), 0);
     stream.create(&serde_json::json!({}));

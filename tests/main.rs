@@ -8,6 +8,7 @@
 
 mod batches;
 mod claim;
+mod check;
 mod delivery;
 mod demo;
 mod harness;

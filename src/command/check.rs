@@ -1,12 +1,13 @@
 //! `pg-outbox check`: reads the configuration, looks at both servers, and says line by line what is ready.
 //!
-//! Changes nothing. Every line says ok, or what is wrong and what to do.
+//! Runs on the main thread. Changes nothing: it neither adds the schema nor creates the stream. Every line says
+//! ok, or what is wrong and what to do. One attempt at each server, without the patience of the daemon.
 
 use std::path::Path;
 
 use anyhow::Result;
 
-use crate::answer::StreamFacts;
+use crate::answer::{self, StreamFacts};
 use crate::config::Config;
 use crate::health::Health;
 use crate::metrics::Metrics;
@@ -50,11 +51,19 @@ fn check_database(config: &Config, report: &mut Report) {
     };
     match store.server_version() {
         Ok(version) => report.line("postgres", Ok(format!("connected, server {version}"))),
-        Err(error) => return report.line("postgres", Err(error.to_string())),
+        Err(error) => {
+            let to_do = "is it running, and database.dsn (or DATABASE_DSN) right?";
+            return report.line("postgres", Err(format!("{error}; {to_do}")));
+        }
     }
     match store.schema_problems() {
         Ok(problems) if problems.is_empty() => report.line("schema", Ok("complete".into())),
-        Ok(problems) => {
+        Ok(mut problems) => {
+            // Without its tables the schema is missing as a whole, and what they would hold goes without saying.
+            let whole = |problem: &String| problem.starts_with("table ");
+            if problems.iter().any(whole) {
+                problems.retain(whole);
+            }
             for problem in problems {
                 report.line("schema", Err(problem));
             }
@@ -74,18 +83,29 @@ fn check_database(config: &Config, report: &mut Report) {
 fn check_nats(config: &Config, report: &mut Report) {
     let instance = &config.dispatcher.instance_id;
     let (_, keeper) = Publisher::new(config.nats.clone(), instance, 1, Health::default(), Metrics::new());
-    let facts = match keeper.survey() {
-        Ok((server, facts)) => {
-            report.line("nats", Ok(format!("connected to {server}")));
+    let survey = match keeper.survey() {
+        Ok(survey) => survey,
+        Err(error) => {
+            let to_do = "is it running, and nats.url (or NATS_URL) and the login right?";
+            return report.line("nats", Err(format!("{error:#}; {to_do}")));
+        }
+    };
+    report.line("nats", Ok(format!("connected to {}", survey.server)));
+    let jetstream = &config.nats.jetstream;
+    let stream = &jetstream.stream_name;
+    let facts = match survey.stream {
+        _ if !jetstream.enabled => return report.line("stream", Ok("not used: core NATS".into())),
+        Ok(facts) => {
+            report.line("stream", Ok(format!("{stream} takes {}", facts.subjects.join(", "))));
             facts
         }
-        Err(error) => return report.line("nats", Err(format!("{error:#}"))),
+        Err(cause) if jetstream.create && cause.contains(answer::MISSING) => {
+            let subjects = jetstream.subjects.join(", ");
+            report.line("stream", Ok(format!("{stream} is missing; run will create it and take {subjects}")));
+            StreamFacts { subjects: jetstream.subjects.clone(), ..StreamFacts::default() }
+        }
+        Err(cause) => return report.line("stream", Err(cause)),
     };
-    if !config.nats.jetstream.enabled {
-        return report.line("stream", Ok("not used: core NATS".into()));
-    }
-    let stream = &config.nats.jetstream.stream_name;
-    report.line("stream", Ok(format!("{stream} takes {}", facts.subjects.join(", "))));
     for target in config.nats.topic_map.targets() {
         report.line("topic map", check_target(target, stream, &facts));
     }

@@ -17,7 +17,7 @@ use crossbeam_channel::{Receiver, bounded, never, select};
 use super::link::{Dial, Link, cluster, greet};
 use super::session::{ProbeFailure, Session};
 use super::{Publisher, Shared, seconds};
-use crate::answer::StreamFacts;
+use crate::answer::{self, StreamFacts};
 use crate::health::Part;
 use crate::outage::Gate;
 
@@ -41,6 +41,14 @@ pub struct Keeper {
     servers: BTreeSet<String>,
     /// Which server is dialled next.
     turn: usize,
+}
+
+/// What one look at NATS found.
+pub struct Survey {
+    /// The server that took us: `nats://host:4222`.
+    pub server: String,
+    /// The stream's facts, or why it cannot take events; empty facts over core NATS.
+    pub stream: Result<StreamFacts, String>,
 }
 
 impl Keeper {
@@ -78,18 +86,26 @@ impl Keeper {
         }
     }
 
-    /// Connects once and asks after the stream, for `check`. Returns the server's name and the stream's facts.
+    /// Connects once, to the first configured server that takes us, and asks after the stream, for `check`.
     ///
     /// # Errors
-    /// What is in the way, in the words of a probe.
-    pub fn survey(mut self) -> Result<(String, StreamFacts)> {
-        self.dial()?;
+    /// Why no server takes us, or the one that did does not answer.
+    pub fn survey(mut self) -> Result<Survey> {
+        let configured = self.servers.len();
+        let mut dialled = self.dial();
+        while dialled.is_err() && self.turn < configured {
+            dialled = self.dial();
+        }
+        dialled?;
         let slot = self.shared().slots - 1;
         let session = self.publisher.session(slot).map_err(|cause| anyhow!(cause))?;
         let deadline = Instant::now() + self.shared().settings.ack_timeout;
-        let facts =
-            session.probe(deadline, &mut |_, _| {}).map_err(|failure| anyhow!("{}", failure.cause()))?;
-        Ok((session.server().to_string(), facts))
+        let stream = match session.probe(deadline, &mut |_, _| {}) {
+            Ok(facts) => Ok(facts),
+            Err(ProbeFailure::Stream(cause)) => Err(cause),
+            Err(ProbeFailure::Link(cause)) => return Err(anyhow!(cause)),
+        };
+        Ok(Survey { server: session.server().to_string(), stream })
     }
 
     fn shared(&self) -> &Shared {
@@ -174,7 +190,7 @@ impl Keeper {
         let mut result = session.probe(deadline(), &mut |_, _| {});
         if let Err(ProbeFailure::Stream(cause)) = &result
             && shared.settings.jetstream.create
-            && cause.contains("is missing")
+            && cause.contains(answer::MISSING)
         {
             result = session.create_stream(deadline());
             if result.is_ok() {
@@ -201,7 +217,11 @@ impl Keeper {
                 self.shared().health.set(Part::Nats, Err(cause.to_string()));
                 self.shared().metrics.nats_disconnected();
             }
-            ProbeFailure::Stream(_) => self.shared().health.set(Part::Stream, Err(cause.to_string())),
+            ProbeFailure::Stream(_) => {
+                // The link echoed, or the stream could not have been judged.
+                self.shared().health.set(Part::Nats, Ok(()));
+                self.shared().health.set(Part::Stream, Err(cause.to_string()));
+            }
         }
         self.publisher.change(cause, 0, |gate| gate.try_failed(cause, Instant::now(), fastrand::f64()));
     }

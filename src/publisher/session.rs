@@ -253,6 +253,11 @@ impl Session {
                 Heard::Echo(token) => echoed |= token == echo,
                 Heard::Stream(token, answer) if Some(token) == asked => facts = Some(answer),
                 Heard::Answer(token, answer) => heard(token, answer),
+                Heard::Denied(subject) if subject == question => {
+                    let cause =
+                        format!("permission denied to publish to {question}: allow it for this NATS user");
+                    facts = Some(Err(cause));
+                }
                 Heard::Stream(..) | Heard::Denied(_) => {}
                 Heard::Down(cause) => return Err(ProbeFailure::Link(cause)),
                 Heard::Silence if echoed => {
