@@ -8,6 +8,7 @@
 
 mod batches;
 mod claim;
+mod architecture;
 mod check;
 mod delivery;
 mod demo;
