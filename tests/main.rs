@@ -6,10 +6,10 @@
 #![allow(unreachable_pub, reason = "nothing of a test binary can be reached from outside")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must end, and says where")]
 
-mod batches;
-mod claim;
 mod architecture;
+mod batches;
 mod check;
+mod claim;
 mod delivery;
 mod demo;
 mod harness;

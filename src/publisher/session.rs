@@ -112,8 +112,7 @@ impl Session {
     pub fn publish(&self, message: Outgoing, not_after: Boottime, deadline: Instant) -> Result<u64, NotSent> {
         let token = self.token();
         let reply = self.jetstream.enabled.then(|| self.reply(PUBLISH, token));
-        let not_after =
-            self.jetstream.enabled.then(|| NotAfter { time: not_after, dropped: self.dropped.clone() });
+        let not_after = self.jetstream.enabled.then(|| self.not_after(not_after));
         let Outgoing { subject, headers, event } = message;
         self.hand_over(
             Written { subject, reply, headers: Some(headers), body: Body::Event(event), not_after },
@@ -133,7 +132,8 @@ impl Session {
         deadline: Instant,
     ) -> Result<(), NotSent> {
         let Outgoing { subject, headers, event } = message;
-        let (headers, body, not_after) = (Some(headers), Body::Event(event), Some(not_after));
+        let (headers, body) = (Some(headers), Body::Event(event));
+        let not_after = Some(self.not_after(not_after));
         self.hand_over(Written { subject, reply: None, headers, body, not_after }, deadline)
     }
 
@@ -281,6 +281,10 @@ impl Session {
     /// The server's limit on headers and payload of one message, in bytes.
     pub fn max_payload(&self) -> usize {
         self.link.max_payload.load(Ordering::Relaxed)
+    }
+
+    fn not_after(&self, time: Boottime) -> NotAfter {
+        NotAfter { time, dropped: self.dropped.clone() }
     }
 
     fn token(&self) -> u64 {
