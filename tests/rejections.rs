@@ -224,17 +224,25 @@ fn a_permission_that_was_given_is_not_denied_by_an_old_denial() {
     std::fs::write(&users, users_of_a_reload("\"*.secret.>\", ")).unwrap();
     let pid = i32::try_from(nats.pid().unwrap()).ok().and_then(rustix::process::Pid::from_raw).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
-    wait_until("the event is in the stream", LIMIT, &[&daemon, &db, &nats], || stream.count() == 1);
+    wait_until("the reload is done", LIMIT, &[&nats], || {
+        nats.log().contains("Reloaded server configuration")
+    });
+    // An attempt that was under way meanwhile may still be denied, and one more heard of; later ones may not.
     let denied = daemon.log_lines("will retry").len();
-    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    wait_until("the event is published", LIMIT, &[&daemon, &db, &nats], || db.pending() == 0);
     assert_eq!(
         daemon.log_lines("connected: nats=").len(),
         1,
         "the reload kept the connection: {}",
         daemon.log()
     );
-    assert_eq!(daemon.log_lines("will retry").len(), denied, "{}", daemon.log());
-    assert_eq!(daemon.metric("outbox_attempts_total{outcome=\"duplicate\"}"), 0.0, "{}", daemon.log());
+    assert!(daemon.log_lines("will retry").len() <= denied + 1, "{}", daemon.log());
+    assert_eq!(stream.count(), 1);
+    assert_eq!(
+        daemon.metric("outbox_attempts_total{outcome=\"duplicate\"}"),
+        0.0,
+        "it was stored by the first try that could"
+    );
 }
 
 #[test]
