@@ -212,6 +212,8 @@ impl Claimer {
                 if !outlook.claims_open {
                     // Nothing to claim, and not because somebody else has it: a trial of the gate is passed.
                     self.publisher.confirm_idle();
+                    // Nor is anything left to settle: what could not be, somebody else has settled.
+                    self.failed_settles.store(0, Ordering::Relaxed);
                 }
                 let retry = outlook.next_due.unwrap_or(longest).max(REST_MIN);
                 let others = if outlook.claims_open { self.poll_interval } else { longest };

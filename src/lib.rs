@@ -10,8 +10,9 @@
 //! on the way, PostgreSQL rolls back and the events are pending again.
 //!
 //! What always holds: an event is marked published only after NATS acknowledged it; of a key at most one event is
-//! in flight anywhere; an outage of NATS is charged to no event; every wait has a deadline and every channel a
-//! limit.
+//! in flight anywhere; an outage of NATS is charged to no event; every wait for NATS has a deadline, every channel
+//! a limit. (The PostgreSQL driver has no read timeout: a server that answers at TCP level and not at all otherwise
+//! holds its callers until the watchdog ends the process.)
 //!
 //! # In reading order
 //!

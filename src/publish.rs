@@ -739,10 +739,11 @@ impl<'a> Flight<'a> {
     /// Ends the flight: tells the publisher how NATS is, and reports.
     fn land(self) -> Report {
         let publisher = &self.publish.publisher;
-        let judged = self.outcomes.iter().any(|outcome| *outcome != Outcome::Untouched);
+        // A rejection proves nothing of the stream: it may be our own judgement.
+        let stored = self.outcomes.contains(&Outcome::Published);
         match &self.outage {
             Some(cause) => publisher.outage(cause, self.events_in_flight + self.silent.len()),
-            None if judged => publisher.confirm(),
+            None if stored => publisher.confirm(),
             None => {}
         }
         Report { outcomes: self.outcomes, duplicates: self.duplicates, unanswered: self.unanswered }

@@ -54,7 +54,8 @@ pub struct Survey {
 impl Keeper {
     pub(super) fn new(publisher: Publisher) -> Keeper {
         let servers = publisher.0.settings.servers.iter().cloned().collect();
-        Keeper { publisher, servers, turn: 0 }
+        // Instances that start together do not all go to the same server.
+        Keeper { publisher, servers, turn: fastrand::usize(..1024) }
     }
 
     /// Runs until `stop` fires.
