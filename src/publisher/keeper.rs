@@ -94,7 +94,10 @@ impl Keeper {
     pub fn survey(mut self) -> Result<Survey> {
         let configured = self.servers.len();
         let mut dialled = self.dial();
-        while dialled.is_err() && self.turn < configured {
+        for _ in 1..configured {
+            if dialled.is_ok() {
+                break;
+            }
             dialled = self.dial();
         }
         dialled?;
