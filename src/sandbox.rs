@@ -55,11 +55,15 @@ pub struct PostgresOptions {
     pub fsync: bool,
     /// Further settings, as `name=value`; the last one of a name counts. Default none.
     pub settings: Vec<String>,
+    /// A program and its arguments that run the server in their own place, given its command line behind them: to
+    /// change what it sees of the machine. It runs as the user that we are and must change to another one itself.
+    /// Default none.
+    pub launcher: Vec<String>,
 }
 
 impl Default for PostgresOptions {
     fn default() -> PostgresOptions {
-        PostgresOptions { fsync: true, settings: Vec::new() }
+        PostgresOptions { fsync: true, settings: Vec::new(), launcher: Vec::new() }
     }
 }
 
@@ -75,6 +79,7 @@ pub struct Postgres {
     password: String,
     port: u16,
     arguments: Vec<String>,
+    launcher: Vec<String>,
 }
 
 impl Postgres {
@@ -82,6 +87,53 @@ impl Postgres {
     ///
     /// An error says what is missing and how to install it, or shows the end of the server's log.
     pub fn start(options: &PostgresOptions) -> Result<Postgres> {
+        let mut postgres = Postgres::prepare(options, random_password()?)?;
+        postgres.initdb()?;
+        postgres.start_first()?;
+        Ok(postgres)
+    }
+
+    /// Starts a second server that copies `primary` and goes on to follow it, read-only, by streaming replication.
+    ///
+    /// An error is as for [`Postgres::start`], or what pg_basebackup said.
+    pub fn start_replica(primary: &Postgres, options: &PostgresOptions) -> Result<Postgres> {
+        let mut replica = Postgres::prepare(options, primary.password.clone())?;
+        let output = replica
+            .as_server_user("pg_basebackup")
+            .args([
+                "--checkpoint=fast",
+                "--wal-method=stream",
+                "--write-recovery-conf",
+                "--no-sync",
+                "--pgdata",
+            ])
+            .arg(replica.data())
+            .args(["--host=127.0.0.1", "--username=postgres", "--port"])
+            .arg(primary.port.to_string())
+            .env("PGPASSWORD", &primary.password)
+            .stdin(Stdio::null())
+            .output()
+            .context("run pg_basebackup")?;
+        ensure!(output.status.success(), "pg_basebackup: {}", text(&output.stderr));
+        replica.start_first()?;
+        Ok(replica)
+    }
+
+    /// Ends the following of a replica, which takes writes from then on.
+    pub fn promote(&self) -> Result<()> {
+        let output = self
+            .as_server_user("pg_ctl")
+            .args(["promote", "--wait", "--silent", "--pgdata"])
+            .arg(self.data())
+            .stdin(Stdio::null())
+            .output()
+            .context("run pg_ctl")?;
+        ensure!(output.status.success(), "pg_ctl promote: {}{}", text(&output.stdout), text(&output.stderr));
+        Ok(())
+    }
+
+    /// Everything but the data: folder, user, command line.
+    fn prepare(options: &PostgresOptions, password: String) -> Result<Postgres> {
         let bin = find_postgres_bin()?;
         let user =
             if rustix::process::geteuid().is_root() { Some(UnixUser::find("postgres")?) } else { None };
@@ -97,12 +149,16 @@ impl Postgres {
             format!("fsync={}", if options.fsync { "on" } else { "off" }),
         ];
         arguments.extend(options.settings.iter().cloned());
-        let mut postgres = Postgres { server, bin, user, password: random_password()?, port: 0, arguments };
-        postgres.initdb()?;
+        let launcher = options.launcher.clone();
+        Ok(Postgres { server, bin, user, password, port: 0, arguments, launcher })
+    }
+
+    /// The first start, on whatever port is free.
+    fn start_first(&mut self) -> Result<()> {
         for _ in 0..PORT_TRIES {
-            postgres.port = free_port()?;
-            if postgres.start_once()? {
-                return Ok(postgres);
+            self.port = free_port()?;
+            if self.start_once()? {
+                return Ok(());
             }
         }
         bail!("start postgres: {PORT_TRIES} free ports were taken by others before it could listen")
@@ -213,7 +269,7 @@ impl Postgres {
         let deadline = Instant::now() + START_LIMIT;
         loop {
             let mark = self.server.log().len();
-            let mut command = self.as_server_user("postgres");
+            let mut command = self.server_command();
             command.arg("-D").arg(self.data()).arg("-p").arg(self.port.to_string());
             for setting in &self.arguments {
                 command.arg("-c").arg(setting);
@@ -255,14 +311,28 @@ impl Postgres {
         }
     }
 
+    fn server_command(&self) -> Command {
+        let Some((launcher, arguments)) = self.launcher.split_first() else {
+            return self.as_server_user("postgres");
+        };
+        let mut command = Command::new(launcher);
+        command.args(arguments).arg(self.bin.join("postgres"));
+        self.in_its_folder(&mut command);
+        command
+    }
+
     fn as_server_user(&self, program: &str) -> Command {
         let mut command = Command::new(self.bin.join(program));
-        // The user postgres may not be able to look into our working directory.
-        command.current_dir(&self.server.folder).env("LC_ALL", "C").env("TZ", "UTC");
+        self.in_its_folder(&mut command);
         if let Some(user) = self.user {
             command.uid(user.uid).gid(user.gid);
         }
         command
+    }
+
+    fn in_its_folder(&self, command: &mut Command) {
+        // The user postgres may not be able to look into our working directory.
+        command.current_dir(&self.server.folder).env("LC_ALL", "C").env("TZ", "UTC");
     }
 
     fn data(&self) -> PathBuf {

@@ -70,7 +70,7 @@ fn two_instances_deliver_every_event_once_and_in_order_per_key() {
     let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
     let history = writers(&db.dsn, &Workload::default());
     assert_eq!(history.committed.len(), 5_000);
-    assert!(history.rolled_back > 0, "the workload must roll some events back");
+    assert!(!history.rolled_back.is_empty(), "the workload must roll some events back");
     wait_drained(&db, &stream, &[&first, &second], LIMIT);
     check_history(&history.committed, &stream.messages()).assert_clean();
     assert_eq!(

@@ -1,17 +1,19 @@
 //! The harness tells the truth: its judge finds planted faults, its workload records what it did.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pg_outbox::sandbox::Stop;
 use serde_json::json;
 
 use crate::harness::daemon::{listening, sum_of_samples};
 use crate::harness::database::start_postgres;
+use crate::harness::proxy::{Flow, Proxy, Way};
 use crate::harness::wire::{Client, Message};
 use crate::harness::workload::writers_until;
 use crate::harness::{
-    self, Committed, History, Stored, TestDb, Verdict, Workload, check_history, wait_until,
+    self, Committed, Evident, History, Row, RowState, Stored, Table, TestDb, Verdict, Workload, check_all,
+    check_history, wait_until,
 };
 
 fn committed() -> Vec<Committed> {
@@ -27,6 +29,7 @@ fn committed() -> Vec<Committed> {
 fn stored(events: &[Committed]) -> Vec<Stored> {
     let message = |(index, event): (usize, &Committed)| Stored {
         seq: index as u64 + 1,
+        at_ns: index as u64 * 1_000_000_000,
         subject: "s".to_owned(),
         headers: String::new(),
         payload: json!({"key": event.key, "n": event.n}).to_string().into_bytes(),
@@ -37,6 +40,26 @@ fn stored(events: &[Committed]) -> Vec<Stored> {
 
 fn counts(verdict: &Verdict) -> [usize; 4] {
     [verdict.lost.len(), verdict.duplicated.len(), verdict.reordered.len(), verdict.phantom.len()]
+}
+
+/// The table after every one of these events was published.
+fn table(events: &[Committed]) -> Table {
+    let row = |event: &Committed| {
+        (event.id.clone(), Row { state: RowState::Published, attempts: 1, last_error: None })
+    };
+    Table { rows: events.iter().map(row).collect(), left_claimed: Vec::new() }
+}
+
+/// What the judge says of five events that came and were settled as they should, but for what `plant` did.
+fn judged(plant: impl FnOnce(&mut History, &mut Vec<Vec<Stored>>, &mut Table)) -> Verdict {
+    let mut history = History { committed: committed(), rolled_back: vec!["gone".to_owned()] };
+    let (mut lives, mut table) = (vec![stored(&history.committed)], table(&history.committed));
+    plant(&mut history, &mut lives, &mut table);
+    let window = Duration::from_secs(10);
+    check_all(
+        &history,
+        Evident { lives: &lives, window, table: &table, cause: Some("too large"), redelivered: 7 },
+    )
 }
 
 #[test]
@@ -78,12 +101,139 @@ fn the_judge_finds_each_planted_fault_and_only_that() {
 }
 
 #[test]
+fn the_judge_finds_what_was_settled_wrongly() {
+    let verdict = judged(|_, _, _| {});
+    assert!(verdict.is_clean());
+    assert_eq!(verdict.redelivered, 7, "what the stream dropped is told, and no fault");
+
+    let verdict = judged(|_, lives, _| lives[0][4].msg_id = "gone".to_owned());
+    assert_eq!(verdict.counts(), [("lost", 1), ("rolled back", 1)]);
+
+    let verdict = judged(|_, lives, _| lives[0][4].msg_id = "never inserted".to_owned());
+    assert_eq!(verdict.counts(), [("lost", 1), ("phantom", 1)]);
+
+    // Settled, and never stored: what a wrong settle does.
+    let verdict = judged(|_, lives, _| lives[0].truncate(4));
+    assert_eq!(verdict.counts(), [("lost", 1)]);
+
+    let verdict = judged(|_, _, table| drop(table.rows.remove("a-2")));
+    assert_eq!(verdict.counts(), [("lost", 1)], "a row must not vanish");
+
+    let verdict = judged(|_, _, table| table.rows.get_mut("a-2").unwrap().state = RowState::Pending);
+    assert_eq!(verdict.counts(), [("unsettled", 1)], "stored, and never settled");
+
+    let verdict = judged(|_, _, table| table.left_claimed.push("lane 7 is locked".to_owned()));
+    assert_eq!(verdict.counts(), [("left claimed", 1)]);
+}
+
+#[test]
+fn the_judge_wants_a_cause_for_a_dead_letter_and_for_an_attempt() {
+    let bury = |error: &str| Row { state: RowState::Dead, attempts: 3, last_error: Some(error.to_owned()) };
+    // a-3 is the last of its key, so nothing else is out of place without it.
+    let verdict = judged(|_, lives, table| {
+        lives[0].remove(3);
+        table.rows.insert("a-3".to_owned(), bury("message is too large"));
+    });
+    assert!(verdict.is_clean(), "{}", verdict.describe());
+
+    let verdict = judged(|_, lives, table| {
+        lives[0].remove(3);
+        table.rows.insert("a-3".to_owned(), bury("no ack within 5s"));
+    });
+    assert_eq!(verdict.counts(), [("lost", 1), ("dead without cause", 1)]);
+
+    let history = History { committed: committed(), rolled_back: Vec::new() };
+    let (lives, mut table) = ([stored(&history.committed)], table(&history.committed));
+    table.rows.get_mut("b-1").unwrap().attempts = 2;
+    let evident =
+        Evident { lives: &lives, window: Duration::MAX, table: &table, cause: None, redelivered: 0 };
+    assert_eq!(check_all(&history, evident).counts(), [("charged", 1)], "an outage is charged to no event");
+}
+
+#[test]
+fn the_judge_admits_what_comes_again_after_the_window_and_nothing_sooner() {
+    let again = |life: usize, after_s: u64| {
+        judged(move |_, lives, _| {
+            let mut copy = lives[0][1].clone();
+            copy.at_ns += after_s * 1_000_000_000;
+            lives.resize(life + 1, Vec::new());
+            lives[life].push(copy);
+        })
+    };
+    let within = again(0, 9);
+    assert_eq!((within.counts(), within.admitted_duplicates), (vec![("duplicated", 1)], 0));
+    let beyond = again(0, 11);
+    assert_eq!((beyond.counts(), beyond.admitted_duplicates), (vec![], 1));
+    let emptied = again(1, 9);
+    assert_eq!((emptied.counts(), emptied.admitted_duplicates), (vec![], 1), "it remembers nothing");
+}
+
+#[test]
+fn the_judge_does_not_take_a_later_life_of_a_stream_for_order() {
+    let verdict = judged(|_, lives, _| {
+        // Number 1 of key b comes for the first time after the stream was emptied, number 2 before.
+        let first = lives[0].remove(2);
+        lives.push(vec![first]);
+    });
+    assert_eq!(verdict.counts(), [("reordered", 1)]);
+}
+
+#[test]
+fn a_claim_that_stays_open_is_found_in_the_table() {
+    let db = harness::database();
+    db.event("order.placed", "k", "{}");
+    assert!(db.table().left_claimed.is_empty());
+    let mut holder =
+        postgres::Client::connect(&format!("{}?application_name=pg-outbox/x", db.dsn), postgres::NoTls);
+    let holder = holder.as_mut().unwrap();
+    holder.batch_execute("BEGIN; SELECT lane FROM outbox_lanes WHERE lane = 9 FOR UPDATE").unwrap();
+    let left = db.table().left_claimed;
+    assert_eq!(left.len(), 2, "{left:?}");
+    assert!(left[0].contains("lane 9 ") && left[1].contains("pg-outbox/x"), "{left:?}");
+}
+
+#[test]
+fn the_proxy_carries_delays_holds_back_and_cuts() {
+    let nats = harness::stream::shared_nats();
+    let proxy = Proxy::to(nats.port());
+    let url = format!("nats://127.0.0.1:{}", proxy.port());
+    let mut client = Client::connect(&url);
+    client.subscribe("echo.proxy");
+    let mut say = |text: &str, limit_ms: u64| {
+        let begun = Instant::now();
+        if !text.is_empty() {
+            client.publish("echo.proxy", "", "", text.as_bytes());
+        }
+        let heard = client.next(Duration::from_millis(limit_ms));
+        (heard.map(|message| String::from_utf8(message.payload).unwrap()), begun.elapsed())
+    };
+    assert_eq!(say("free", 5_000).0.as_deref(), Some("free"));
+
+    proxy.set_both(Flow::Slow(Duration::from_millis(100)));
+    let (heard, took) = say("slow", 5_000);
+    assert_eq!(heard.as_deref(), Some("slow"));
+    assert!(took >= Duration::from_millis(200), "{took:?}");
+
+    for way in [Way::ToServer, Way::ToClient] {
+        proxy.set_both(Flow::Free);
+        proxy.set(way, Flow::Cut);
+        assert_eq!(say("late", 300).0, None, "{way:?}");
+        proxy.set(way, Flow::Free);
+        assert_eq!(say("", 5_000).0.as_deref(), Some("late"), "{way:?}: held back, not lost");
+    }
+    proxy.refuse();
+    assert!(say("", 5_000).1 < Duration::from_secs(4), "the connection has ended");
+    proxy.admit();
+    Client::connect(&url).flush();
+}
+
+#[test]
 fn the_workload_records_exactly_what_is_in_the_table() {
     let db = harness::database();
     let workload =
         Workload { writers: 4, keys: 20, events: 400, rollback_percent: 30, ..Workload::default() };
     let history = harness::writers(&db.dsn, &workload);
-    assert!(history.rolled_back > 0);
+    assert!(!history.rolled_back.is_empty());
     assert_eq!(history.committed.len(), 400);
 
     assert_recorded(&db, history);

@@ -3,14 +3,17 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use pg_outbox::sandbox::{Postgres, PostgresOptions};
 use postgres::{Client, NoTls};
 
-use super::{Evidence, unique};
+use super::{Evidence, Row, RowState, Table, unique};
 
 /// The database that new ones are copied from.
 const TEMPLATE: &str = "outbox_template";
+/// A claim that is open for so long, with nothing to publish, is left behind.
+const CLAIM_LIMIT: Duration = Duration::from_secs(5);
 /// Rows that the evidence of a database shows.
 const EVIDENCE_ROWS: usize = 20;
 
@@ -102,6 +105,30 @@ impl TestDb {
         self.client().execute(insert, &[&topic, &count, &keys]).unwrap();
     }
 
+    /// All rows, and what is still claimed: a lane that stays locked, a claim that stays open. A daemon that runs
+    /// looks for events all the time, so what is there only for a moment does not count.
+    pub fn table(&self) -> Table {
+        let mut client = self.client();
+        let deadline = Instant::now() + CLAIM_LIMIT;
+        let mut left_claimed = left_claimed(&mut client);
+        while !left_claimed.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+            let still = self::left_claimed(&mut client);
+            left_claimed.retain(|claimed| still.contains(claimed));
+        }
+        let query = "SELECT id::text, published_at IS NOT NULL, dead_at IS NOT NULL, attempts, last_error FROM outboxes";
+        let rows = client.query(query, &[]).unwrap();
+        let row = |row: postgres::Row| {
+            let state = match (row.get(1), row.get(2)) {
+                (false, false) => RowState::Pending,
+                (true, false) => RowState::Published,
+                (_, true) => RowState::Dead,
+            };
+            (row.get(0), Row { state, attempts: row.get(3), last_error: row.get(4) })
+        };
+        Table { rows: rows.into_iter().map(row).collect(), left_claimed }
+    }
+
     /// How many events wait: neither published nor dead.
     pub fn pending(&self) -> i64 {
         self.number("SELECT count(*) FROM outboxes WHERE published_at IS NULL AND dead_at IS NULL")
@@ -149,6 +176,16 @@ impl Evidence for TestDb {
         }
         text
     }
+}
+
+/// Lanes that are locked and claims that are open now, each in words that stay the same for the same claim.
+fn left_claimed(client: &mut Client) -> Vec<String> {
+    let locked = "SELECT 'lane ' || lane || ' is locked' FROM outbox_lanes
+                   WHERE lane NOT IN (SELECT lane FROM outbox_lanes FOR UPDATE SKIP LOCKED)";
+    let open = "SELECT 'claim of ' || application_name || ' open since ' || xact_start FROM pg_stat_activity
+                 WHERE datname = current_database() AND application_name LIKE 'pg-outbox/%'
+                   AND state LIKE 'idle in transaction%'";
+    [locked, open].iter().flat_map(|query| client.query(*query, &[]).unwrap()).map(|row| row.get(0)).collect()
 }
 
 /// Applies the files of schema/ in their order, as an operator does with psql.

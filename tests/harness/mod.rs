@@ -7,16 +7,19 @@
 //! the mistakes of the client crate that the program uses.
 #![allow(dead_code, unused_imports, reason = "the verbs are complete, whether or not each has its test yet")]
 
+pub mod cluster;
 pub mod daemon;
 pub mod database;
 pub mod history;
+pub mod proxy;
 pub mod stream;
 pub mod wire;
 pub mod workload;
 
+pub use cluster::Cluster;
 pub use daemon::{Config, Daemon};
 pub use database::{TestDb, database};
-pub use history::{Committed, History, Verdict, check_history};
+pub use history::{Committed, Evident, History, Row, RowState, Table, Verdict, check_all, check_history};
 pub use stream::{Stored, TestStream, start_nats, stream};
 pub use workload::{Workload, writers};
 

@@ -50,7 +50,7 @@ pub fn stream() -> TestStream {
 
 /// A stream that takes `<prefix>.>`, with a duplicate window of two minutes.
 pub struct TestStream {
-    /// URL of its server.
+    /// URL of its server, or several with commas between.
     pub url: String,
     /// Name of the stream.
     pub name: String,
@@ -63,6 +63,8 @@ pub struct TestStream {
 pub struct Stored {
     /// Its sequence number in the stream (or the number of its arrival, from a core subscription).
     pub seq: u64,
+    /// When the stream stored it, in nanoseconds since 1970; 0 from a core subscription.
+    pub at_ns: u64,
     pub subject: String,
     /// The header block as stored, from `NATS/1.0` to its empty line.
     pub headers: String,
@@ -76,6 +78,7 @@ impl Stored {
     pub fn new(seq: u64, message: Message) -> Stored {
         let mut stored = Stored {
             seq,
+            at_ns: message.reply.as_deref().and_then(stored_at).unwrap_or_default(),
             subject: message.subject,
             headers: message.headers,
             payload: message.payload,
@@ -104,14 +107,29 @@ impl Stored {
 impl TestStream {
     /// Makes a stream with a unique name; `settings` override the fields of its configuration.
     pub fn on(url: &str, settings: &Value) -> TestStream {
-        let name = unique("STREAM");
-        let stream = TestStream { url: url.to_owned(), prefix: name.to_lowercase(), name };
+        let stream = TestStream::named(url);
         stream.create(settings);
         stream
     }
 
+    /// A stream with a unique name that is still to be made.
+    pub fn named(url: &str) -> TestStream {
+        let name = unique("STREAM");
+        TestStream { url: url.to_owned(), prefix: name.to_lowercase(), name }
+    }
+
     /// Makes the stream, again if it was deleted or its server's store emptied.
     pub fn create(&self, settings: &Value) {
+        self.client().api(&format!("STREAM.CREATE.{}", self.name), &self.config(settings)).unwrap();
+    }
+
+    /// Makes the stream if its server, or a cluster that may have no leader, can do it now.
+    pub fn try_create(&self, settings: &Value) -> Option<Value> {
+        Client::try_connect(&self.url)?
+            .try_api(&format!("STREAM.CREATE.{}", self.name), &self.config(settings))
+    }
+
+    fn config(&self, settings: &Value) -> Value {
         let mut config = json!({
             "name": self.name,
             "subjects": [format!("{}.>", self.prefix)],
@@ -123,7 +141,7 @@ impl TestStream {
         for (key, value) in settings.as_object().unwrap() {
             config[key] = value.clone();
         }
-        self.client().api(&format!("STREAM.CREATE.{}", self.name), &config).unwrap();
+        config
     }
 
     /// Changes fields of the stream's configuration.
@@ -232,7 +250,17 @@ impl Evidence for TestStream {
 /// `$JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>`, since nats-server 2.15
 /// with two tokens (domain and account) before the stream.
 fn stream_seq(reply: &str) -> u64 {
+    ack_number(reply, 5).unwrap_or_else(|| panic!("no sequence number in {reply}"))
+}
+
+/// The time in such a reply subject.
+fn stored_at(reply: &str) -> Option<u64> {
+    reply.starts_with("$JS.ACK.").then(|| ack_number(reply, 7))?
+}
+
+/// A number in such a reply subject, by its place in the shorter form.
+fn ack_number(reply: &str, place: usize) -> Option<u64> {
     let tokens: Vec<&str> = reply.split('.').collect();
-    let position = if tokens.len() >= 11 { 7 } else { 5 };
-    tokens[position].parse().unwrap_or_else(|_| panic!("no sequence number in {reply}"))
+    let place = if tokens.len() >= 11 { place + 2 } else { place };
+    tokens.get(place)?.parse().ok()
 }

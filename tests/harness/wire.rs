@@ -42,13 +42,23 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to `nats://host:port` or `nats://user:password@host:port`.
-    pub fn connect(url: &str) -> Client {
-        let rest = url.strip_prefix("nats://").unwrap_or(url);
-        let (login, address) =
-            rest.rsplit_once('@').map_or((None, rest), |(login, address)| (Some(login), address));
-        let stream =
-            TcpStream::connect(address).unwrap_or_else(|error| panic!("connect to {address}: {error}"));
+    /// Connects to `nats://host:port` or `nats://user:password@host:port`, or to the first of several URLs with
+    /// commas between at which a server listens.
+    pub fn connect(urls: &str) -> Client {
+        Client::try_connect(urls).unwrap_or_else(|| panic!("no server listens at {urls}"))
+    }
+
+    /// The same; `None` if no server listens.
+    pub fn try_connect(urls: &str) -> Option<Client> {
+        urls.split(',').find_map(|url| {
+            let rest = url.strip_prefix("nats://").unwrap_or(url);
+            let (login, address) =
+                rest.rsplit_once('@').map_or((None, rest), |(login, address)| (Some(login), address));
+            TcpStream::connect(address).ok().map(|stream| Client::greet(stream, login))
+        })
+    }
+
+    fn greet(stream: TcpStream, login: Option<&str>) -> Client {
         stream.set_nodelay(true).unwrap();
         stream.set_write_timeout(Some(REQUEST_LIMIT)).unwrap();
         stream.set_read_timeout(Some(REQUEST_LIMIT)).unwrap();
@@ -142,6 +152,18 @@ impl Client {
             Some(error) => Err(error.clone()),
             None => Ok(answer),
         }
+    }
+
+    /// A request to the JetStream API; `None` for an error or no answer, as from a cluster without a leader.
+    pub fn try_api(&mut self, call: &str, body: &Value) -> Option<Value> {
+        let inbox = unique("_INBOX.harness.");
+        let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+        let subscription = self.subscribe(&inbox);
+        self.publish(&format!("$JS.API.{call}"), &inbox, "", &body);
+        let answer = self.next(REQUEST_LIMIT)?;
+        self.unsubscribe(subscription);
+        let answer: Value = serde_json::from_slice(&answer.payload).ok()?;
+        answer.get("error").is_none().then_some(answer)
     }
 
     fn send(&mut self, text: &str) {

@@ -11,7 +11,9 @@ use super::{Committed, History};
 /// Events of one transaction at most.
 const MAX_EVENTS: usize = 5;
 /// Longest time a writer goes on trying to reach a database that is gone.
-const RECONNECT_LIMIT: Duration = Duration::from_secs(60);
+const RECONNECT_LIMIT: Duration = Duration::from_secs(120);
+/// Pause before a transaction that failed is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// What the writers do.
 #[derive(Debug, Clone)]
@@ -28,6 +30,8 @@ pub struct Workload {
     pub topic: String,
     /// Pause of a writer after each transaction.
     pub pause: Duration,
+    /// Where the writers' random numbers begin; `None` for somewhere.
+    pub seed: Option<u64>,
 }
 
 impl Default for Workload {
@@ -39,6 +43,7 @@ impl Default for Workload {
             rollback_percent: 10,
             topic: "order.placed".to_owned(),
             pause: Duration::ZERO,
+            seed: None,
         }
     }
 }
@@ -53,18 +58,27 @@ pub fn writers(dsn: &str, workload: &Workload) -> History {
 ///
 /// A key's events are numbered under a lock of the key that is held until its transaction has ended. So two
 /// transactions with a key in common never overlap, and the key's numbers, its seqs and its commits have one order.
-/// Writers outlive restarts of the database: a transaction whose COMMIT was not answered is looked up afterwards.
+/// Writers outlive every trouble of the database that passes: a transaction that failed, or whose COMMIT was not
+/// answered, is looked up over a new connection and, if it is gone, written again.
 pub fn writers_until(dsn: &str, workload: &Workload, stop: &AtomicBool) -> History {
     let keys: Vec<Mutex<u64>> = (0..workload.keys).map(|_| Mutex::new(0)).collect();
     let started = AtomicUsize::new(0);
     let writer = Writer { dsn, workload, stop, keys: &keys, started: &started };
     let mut history = History::default();
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..workload.writers).map(|_| scope.spawn(|| writer.run())).collect();
+        let start = |number: u64| {
+            scope.spawn(move || {
+                if let Some(seed) = writer.workload.seed {
+                    fastrand::seed(seed.wrapping_add(number));
+                }
+                writer.run()
+            })
+        };
+        let threads: Vec<_> = (0..workload.writers as u64).map(start).collect();
         for thread in threads {
             let part = thread.join().unwrap();
             history.committed.extend(part.committed);
-            history.rolled_back += part.rolled_back;
+            history.rolled_back.extend(part.rolled_back);
         }
     });
     history
@@ -120,9 +134,17 @@ impl Writer<'_> {
                 })
                 .collect();
             let attempt = self.attempt(client, &events, rollback);
-            let Ok(written) = attempt.or_else(|written| self.look_up(client, written)) else { continue };
+            let written = match attempt.or_else(|written| self.look_up(client, written)) {
+                Ok(written) => written,
+                Err(gone) => {
+                    history.rolled_back.extend(gone.into_iter().map(|event| event.id));
+                    // A disk that is full, a table that is locked: not again at once.
+                    std::thread::sleep(RETRY_PAUSE);
+                    continue;
+                }
+            };
             if rollback {
-                history.rolled_back += written.len();
+                history.rolled_back.extend(written.into_iter().map(|event| event.id));
             } else {
                 history.committed.extend(written);
                 for (counter, number) in counters.iter_mut().zip(numbers) {
@@ -156,14 +178,14 @@ impl Writer<'_> {
         };
         match end(client, &mut written) {
             Ok(()) => Ok(written),
-            Err(error) if lost_connection(client, &error) => Err(written),
+            Err(error) if passes(client, &error) => Err(written),
             Err(error) => panic!("writer: {error:?}"),
         }
     }
 
-    /// After a lost connection: `Ok` with what the transaction wrote if it has committed, or was to be rolled back
-    /// and is gone; `Err` if it must be tried again.
-    fn look_up(self, client: &mut Client, written: Vec<Committed>) -> Result<Vec<Committed>, ()> {
+    /// After a failure, over a new connection: `Ok` with what the transaction wrote if it has committed; `Err` with
+    /// it if it is gone and must be tried again.
+    fn look_up(self, client: &mut Client, written: Vec<Committed>) -> Result<Vec<Committed>, Vec<Committed>> {
         loop {
             *client = connect(self.dsn);
             let ids: Vec<&str> = written.iter().map(|event| event.id.as_str()).collect();
@@ -172,20 +194,22 @@ impl Writer<'_> {
                 Ok(row) => {
                     let there: i64 = row.get(0);
                     assert!(there == 0 || usize::try_from(there) == Ok(written.len()), "half a transaction");
-                    return if there > 0 { Ok(written) } else { Err(()) };
+                    return if there > 0 { Ok(written) } else { Err(written) };
                 }
-                Err(error) if lost_connection(client, &error) => {}
+                Err(error) if passes(client, &error) => {}
                 Err(error) => panic!("writer: {error:?}"),
             }
         }
     }
 }
 
-/// True if the server went away (class 57P0x: it is shutting down, crashed, or starts up).
-fn lost_connection(client: &Client, error: &postgres::Error) -> bool {
+/// True for what an application tries again: the server went away (class 57P0x: it is shutting down, crashed, or
+/// starts up), is out of something (class 53), or somebody is in the way (a lock, a timeout).
+fn passes(client: &Client, error: &postgres::Error) -> bool {
+    let passing = ["57P0", "53", "55P03", "57014", "25006"];
     client.is_closed()
         || error.is_closed()
-        || error.code().is_some_and(|code| code.code().starts_with("57P0"))
+        || error.code().is_some_and(|code| passing.iter().any(|class| code.code().starts_with(class)))
 }
 
 fn connect(dsn: &str) -> Client {
