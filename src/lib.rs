@@ -21,6 +21,7 @@
 //! [`outage`] the gate · [`health`] live and ready. These are plain data and pure decisions. Then [`store`] (all
 //! of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`], [`worker`] with [`publish`],
 //! [`wakeup`], [`janitor`], [`http`]; [`service`], which starts, supervises and drains them; and the [`command`]s.
+//! [`failpoint`](mod@failpoint) names the steps of a claim at which the tests kill the process.
 
 pub mod answer;
 pub mod boottime;
@@ -28,6 +29,7 @@ pub mod claimer;
 pub mod command;
 pub mod config;
 pub mod event;
+pub mod failpoint;
 pub mod headers;
 pub mod health;
 pub mod http;

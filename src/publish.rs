@@ -26,6 +26,7 @@ use uuid::Uuid;
 use crate::answer::{Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::event::{Event, Outcome};
+use crate::failpoint;
 use crate::headers::HeaderPolicy;
 use crate::metrics::Metrics;
 use crate::order::Order;
@@ -349,6 +350,7 @@ impl<'a> Flight<'a> {
                 Ok(Some(token)) => {
                     self.events_in_flight += run.events.len();
                     self.in_flight.insert(token, run);
+                    failpoint!("publish.sent");
                     self.waits.push_back((deadline, token));
                 }
                 Ok(None) => {}
@@ -451,6 +453,7 @@ impl<'a> Flight<'a> {
             Heard::Answer(token, answer) => {
                 // An unknown token answers a claim that was settled before.
                 if let Some(run) = self.in_flight.remove(&token) {
+                    failpoint!("publish.acked");
                     self.events_in_flight -= run.events.len();
                     self.answered(&run, answer);
                 }

@@ -30,6 +30,7 @@ use uuid::Uuid;
 
 use crate::config::{Database, Secret};
 use crate::event::{Event, Outcome};
+use crate::failpoint;
 
 /// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`.
 pub const LANES: i32 = 64;
@@ -195,6 +196,7 @@ impl Store {
         if claim.lanes.is_empty() {
             return claim.release_empty();
         }
+        failpoint!("claim.locked");
         let rows = claim.query(
             &READ_EVENTS,
             &[&claim.lanes.clone(), &max_events, &ordered, &block_on_dead, &backoff_max_ms, &max_claim_bytes],
@@ -209,6 +211,7 @@ impl Store {
         if claim.events.is_empty() {
             return claim.release_empty();
         }
+        failpoint!("claim.read");
         Ok(claim)
     }
 
@@ -421,7 +424,9 @@ impl Claim {
             return Ok(Settled { missed: writes.len(), ..Settled::default() });
         };
         let settled = writes.apply(&mut connection)?;
+        failpoint!("settle.written");
         connection.batch("COMMIT")?;
+        failpoint!("settle.committed");
         Ok(settled)
     }
 

@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, Sender};
 
 use crate::boottime::Boottime;
 use crate::event::Outcome;
+use crate::failpoint;
 use crate::health::Heartbeat;
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Report};
@@ -93,6 +94,7 @@ impl Worker {
         if touched == 0 {
             return release(claim);
         }
+        failpoint!("settle.begin");
         let settling = Instant::now();
         let published = || {
             let pairs = events.iter().zip(&report.outcomes);
