@@ -12,6 +12,7 @@ mod check;
 mod claim;
 mod delivery;
 mod demo;
+mod faults;
 mod harness;
 mod harness_test;
 mod http;

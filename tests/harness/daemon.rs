@@ -179,6 +179,12 @@ impl Daemon {
         self.signal(Signal::STOP);
     }
 
+    /// True while it is stopped, by us or by a failpoint.
+    pub fn is_paused(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+    }
+
     /// Lets it go on.
     pub fn resume(&self) {
         self.signal(Signal::CONT);

@@ -30,8 +30,20 @@ pub fn shared_postgres() -> &'static Postgres {
 
 /// A private PostgreSQL, for tests that stop or pause it. Without fsync: they crash processes, not the machine.
 pub fn start_postgres() -> Postgres {
-    let options = PostgresOptions { fsync: false, ..PostgresOptions::default() };
+    start_postgres_with(PostgresOptions::default())
+}
+
+/// The same, with more to it.
+pub fn start_postgres_with(options: PostgresOptions) -> Postgres {
+    let options = PostgresOptions { fsync: false, ..options };
     Postgres::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// The end of a launcher (see [`PostgresOptions`]) that was root, which PostgreSQL must not be.
+pub fn as_postgres_user() -> Vec<String> {
+    let change = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"];
+    let change = if rustix::process::geteuid().is_root() { &change[..] } else { &[] };
+    change.iter().map(|word| (*word).to_owned()).collect()
 }
 
 /// A database of one's own on the shared server.
@@ -59,6 +71,15 @@ impl TestDb {
         db
     }
 
+    /// The same, with everything of it in this tablespace.
+    pub fn in_tablespace(postgres: &Postgres, tablespace: &str) -> TestDb {
+        let name = unique("test_");
+        let mut admin = Client::connect(&postgres.dsn("postgres"), NoTls).unwrap();
+        admin.batch_execute(&format!("CREATE DATABASE {name} TABLESPACE {tablespace}")).unwrap();
+        migrate(postgres, &name);
+        TestDb { dsn: postgres.dsn(&name), name }
+    }
+
     /// Makes a database on any server, without the schema.
     pub fn without_schema(postgres: &Postgres) -> TestDb {
         let name = unique("test_");
@@ -70,6 +91,11 @@ impl TestDb {
     pub fn client(&self) -> Client {
         Client::connect(&self.dsn, NoTls)
             .unwrap_or_else(|error| panic!("connect to {}: {error:?}", self.name))
+    }
+
+    /// A new connection, if there is one to be had now.
+    pub fn try_client(&self) -> Option<Client> {
+        Client::connect(&self.dsn, NoTls).ok()
     }
 
     /// Runs statements.
