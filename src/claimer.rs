@@ -1,14 +1,19 @@
 //! The claimer: one thread that begins claims and hands each to a worker that is free.
 //!
 //! It claims only for a free worker and only while the gate is open, so no lane is locked without somebody to
-//! publish its events. While claims bring events it claims again at once. An empty claim lets it rest until
-//! something may have changed: a wake-up; a worker that finished (its lanes were locked, so events that were
-//! committed meanwhile could not be claimed); the next retry that falls due; or the poll. When the events that
-//! are left lie in lanes that somebody else has locked, it looks again after `poll_interval`: should that
-//! instance die, its lanes come free without any notification.
+//! publish its events. One look into the lanes feeds the claims that follow: what it found is shared out among the
+//! free workers, and a lane that had more than its claim could take goes back to the end of the queue, so that no
+//! lane starves. Looks and reads begin at the lanes' cursors (see `cursors.rs`).
+//!
+//! An empty look lets it rest until something may have changed: a wake-up; a worker that finished (its lanes were
+//! locked, so events that were committed meanwhile could not be claimed); the next retry that falls due; or the
+//! poll. When the events that are left lie in lanes that somebody else has locked, it looks again after
+//! `poll_interval`: should that instance die, its lanes come free without any notification. Before a long rest it
+//! looks once from the beginning of every lane, whatever the cursors say.
 //!
 //! It never gives up on the database: it says once that claims fail, and once that they work again.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -18,16 +23,23 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 
 use crate::boottime::Boottime;
+use crate::cursors::{self, Basis, Cursors};
 use crate::health::{Health, Heartbeat, Part};
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;
-use crate::store::{LANES, Store, StoreError};
-use crate::worker::Job;
+use crate::store::{Found, LANES, ServerLife, Store, StoreError};
+use crate::worker::{Finished, Job};
 
 /// First and longest pause between claims that fail.
 const TROUBLE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
 const REST_MIN: Duration = Duration::from_millis(5);
+/// Time between two readings of the horizon while claims are made.
+const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
+/// Time between two looks while lanes with events are known: how long a lane may wait to be found behind them.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Time between two looks from the beginning, which may cost more than others.
+const REWIND_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The thread.
 pub struct Claimer {
@@ -38,15 +50,13 @@ pub struct Claimer {
     /// Where claims go.
     pub jobs: Sender<Job>,
     /// Workers say here that they are free.
-    pub free: Receiver<()>,
+    pub free: Receiver<Finished>,
     /// Wake-ups.
     pub wake: Receiver<()>,
     /// Whether wake-ups can be relied on.
     pub listening: Arc<AtomicBool>,
     /// Settles that failed since the last one that did not.
     pub failed_settles: Arc<AtomicU32>,
-    /// Worker threads.
-    pub workers: usize,
     /// Events of one claim at most.
     pub batch_size: usize,
     /// Rest without wake-ups.
@@ -67,6 +77,16 @@ enum Next {
     Stop,
 }
 
+/// What an attempt to claim came to.
+enum Attempt {
+    /// A claim for a worker.
+    Claimed(Box<Job>),
+    /// Somebody else has the lanes that were tried, or what was known of them no longer holds: try on.
+    Missed,
+    /// No lane has anything that could be claimed now.
+    Nothing,
+}
+
 impl Claimer {
     /// Runs until `stop` fires.
     ///
@@ -76,15 +96,14 @@ impl Claimer {
         if let Next::Stop = self.await_schema(stop) {
             return Ok(());
         }
-        let mut free = 0;
-        let mut first_lane = fastrand::i32(0..LANES);
+        let mut search = Search::new(Instant::now());
         let mut trouble = Trouble::default();
         loop {
             self.heartbeat.idle();
-            if free == 0 {
+            if search.idle_workers == 0 {
                 select! {
                     recv(stop) -> _ => return Ok(()),
-                    recv(self.free) -> _ => free += 1,
+                    recv(self.free) -> finished => search.finished(&finished.unwrap_or_default()),
                 }
             }
             if let Next::Stop = self.await_gate(stop) {
@@ -94,28 +113,37 @@ impl Claimer {
                 return Ok(());
             }
             self.heartbeat.beat();
-            // A wake-up before the claim's snapshot is answered by the claim itself.
+            while let Ok(finished) = self.free.try_recv() {
+                search.finished(&finished);
+            }
+            // A wake-up before the look's snapshot is answered by the look itself.
             let _ = self.wake.try_recv();
-            let rest = match self.claim(first_lane) {
-                Ok(job) if job.claim.is_empty() => {
+            let rest = match self.attempt(&mut search) {
+                Ok(Attempt::Claimed(job)) => {
                     trouble.over(&self.health);
-                    self.rest()
-                }
-                Ok(job) => {
-                    trouble.over(&self.health);
-                    first_lane = job.claim.lanes.last().map_or(0, |lane| (lane + 1) % LANES);
-                    free -= 1;
-                    let more = job.claim.more();
-                    if self.jobs.send(job).is_err() {
+                    search.sent(&job.claim.lanes);
+                    if self.jobs.send(*job).is_err() {
                         return Ok(());
                     }
-                    if more {
+                    if !search.ready.is_empty() {
                         continue;
                     }
                     // Its worker says when it has finished, and then we look again.
                     self.poll_interval
                 }
+                Ok(Attempt::Missed) => {
+                    trouble.over(&self.health);
+                    continue;
+                }
+                Ok(Attempt::Nothing) => {
+                    trouble.over(&self.health);
+                    if search.claimed_since_rewind && search.rewind_after(REWIND_INTERVAL, Instant::now()) {
+                        continue;
+                    }
+                    self.rest(&search)
+                }
                 Err(error) => {
+                    search.forget();
                     self.metrics.claim_failed();
                     self.metrics.postgres_error();
                     trouble.again(&error, &self.health)
@@ -125,7 +153,7 @@ impl Claimer {
             select! {
                 recv(stop) -> _ => return Ok(()),
                 recv(self.wake) -> _ => {}
-                recv(self.free) -> _ => free += 1,
+                recv(self.free) -> finished => search.finished(&finished.unwrap_or_default()),
                 default(rest) => {}
             }
         }
@@ -193,20 +221,52 @@ impl Claimer {
         }
     }
 
-    fn claim(&self, first_lane: i32) -> Result<Job, StoreError> {
-        // Each worker its share of the lanes, so that one claim does not lock what the others could work on.
-        let workers = i32::try_from(self.workers).unwrap_or(LANES).clamp(1, LANES);
-        let lanes = LANES.div_euclid(workers).max(1);
+    /// Looks for lanes if that is due, and claims a free worker's share of what is known.
+    fn attempt(&self, search: &mut Search) -> Result<Attempt, StoreError> {
+        search.rewind_after(self.fallback_interval, Instant::now());
+        if search.horizon_is_due(Instant::now()) {
+            match self.store.horizon()? {
+                Some(reading) => search.cursors.observe(reading),
+                None => search.go_without_cursors(),
+            }
+        }
+        let mut opening = self.store.open()?;
+        let looks = search.look_is_due(Instant::now());
+        if looks {
+            let basis = search.cursors.basis();
+            let found = opening.find(&search.unclaimed(), search.cursors.positions())?;
+            search.found(basis, &found);
+        }
+        let lanes = search.take_share();
+        if lanes.is_empty() {
+            return Ok(Attempt::Nothing);
+        }
+        let basis = search.cursors.basis();
         let events = i32::try_from(self.batch_size).unwrap_or(i32::MAX);
-        let claim = self.store.claim(first_lane, lanes, events)?;
+        let claim = opening.claim(&lanes, LANES, events, search.cursors.positions())?;
+        search.put_back(&lanes, &claim.lanes, events);
+        if claim.is_empty() {
+            return Ok(if search.ready.is_empty() { Attempt::Nothing } else { Attempt::Missed });
+        }
+        if claim.server != search.server {
+            // Also the first time. What was read with the cursors of another life is given back unpublished.
+            search.forget();
+            search.server = claim.server;
+            return Ok(Attempt::Missed);
+        }
         self.metrics.claimed(claim.len());
-        Ok(Job { claim, read_at: Boottime::now() })
+        Ok(Attempt::Claimed(Box::new(Job { claim, read_at: Boottime::now(), basis })))
     }
 
     /// How long to rest when there is nothing to claim.
-    fn rest(&self) -> Duration {
+    fn rest(&self, search: &Search) -> Duration {
+        if search.claimed.contains(&true) {
+            // A worker that finishes ends the rest.
+            return self.poll_interval;
+        }
         let longest =
             if self.listening.load(Ordering::Relaxed) { self.fallback_interval } else { self.poll_interval };
+        let longest = longest.min(search.next_rewind(Instant::now()).unwrap_or(longest));
         match self.store.outlook() {
             Ok(outlook) => {
                 if !outlook.claims_open {
@@ -223,6 +283,174 @@ impl Claimer {
                 log::debug!("outlook failed: {error}");
                 self.poll_interval.min(longest)
             }
+        }
+    }
+}
+
+/// What the claimer knows of the lanes, and when it learnt it.
+struct Search {
+    cursors: Cursors,
+    /// The life of the server that the cursors belong to.
+    server: ServerLife,
+    /// Lanes that have something and that no worker of ours has; the one that waits longest comes first.
+    ready: VecDeque<i32>,
+    /// Lanes that a worker of ours has.
+    claimed: [bool; cursors::LANES],
+    /// Workers that wait for a claim.
+    idle_workers: usize,
+    /// Where the next look begins.
+    first_lane: i32,
+    looked_at: Option<Instant>,
+    horizon_at: Option<Instant>,
+    rewound_at: Instant,
+    /// Claims were made since the last look from the beginning.
+    claimed_since_rewind: bool,
+    /// Claims were made since the last reading of the horizon.
+    claimed_since_horizon: bool,
+    /// It was said that cursors cannot be had.
+    without_cursors: bool,
+}
+
+impl Search {
+    fn new(now: Instant) -> Search {
+        Search {
+            cursors: Cursors::default(),
+            server: ServerLife::default(),
+            ready: VecDeque::new(),
+            claimed: [false; cursors::LANES],
+            idle_workers: 0,
+            first_lane: fastrand::i32(0..LANES),
+            looked_at: None,
+            horizon_at: None,
+            rewound_at: now,
+            claimed_since_rewind: false,
+            claimed_since_horizon: false,
+            without_cursors: false,
+        }
+    }
+
+    /// A worker is free.
+    fn finished(&mut self, finished: &Finished) {
+        self.idle_workers += 1;
+        if finished.database_failed {
+            self.forget();
+        }
+        let Some(basis) = finished.basis else { return };
+        for end in &finished.lanes {
+            self.set_claimed(end.lane, false);
+            self.cursors.advance(basis, end.lane, end.reach);
+            if end.more {
+                self.ready.push_back(end.lane);
+            }
+        }
+    }
+
+    /// A connection was lost, or the server is another: nothing that is known holds.
+    fn forget(&mut self) {
+        self.cursors.clear();
+        self.ready.clear();
+        self.looked_at = None;
+        self.horizon_at = None;
+    }
+
+    /// Begins at the beginning of every lane if that was not done for `interval`; returns whether it does.
+    fn rewind_after(&mut self, interval: Duration, now: Instant) -> bool {
+        let due = now.saturating_duration_since(self.rewound_at) >= interval;
+        if due {
+            self.cursors.rewind();
+            self.rewound_at = now;
+            self.claimed_since_rewind = false;
+        }
+        due
+    }
+
+    /// Time until a look from the beginning may be made, if one should be made before a long rest.
+    fn next_rewind(&self, now: Instant) -> Option<Duration> {
+        let rest = REWIND_INTERVAL.saturating_sub(now.saturating_duration_since(self.rewound_at));
+        self.claimed_since_rewind.then_some(rest.max(REST_MIN))
+    }
+
+    /// Events can appear below any bound, so every read begins at the beginning.
+    fn go_without_cursors(&mut self) {
+        self.cursors.clear();
+        if !std::mem::replace(&mut self.without_cursors, true) {
+            log::warn!(
+                "claims read every lane from its beginning, which is slow: outboxes.seq must have a sequence of its own with CACHE 1"
+            );
+        }
+    }
+
+    fn horizon_is_due(&mut self, now: Instant) -> bool {
+        let long_ago = |at: Instant| now.saturating_duration_since(at) >= HORIZON_INTERVAL;
+        let due = self.claimed_since_horizon && self.horizon_at.is_none_or(long_ago);
+        if due {
+            self.horizon_at = Some(now);
+            self.claimed_since_horizon = false;
+        }
+        due
+    }
+
+    fn look_is_due(&mut self, now: Instant) -> bool {
+        let long_ago = |at: Instant| now.saturating_duration_since(at) >= LOOK_INTERVAL;
+        let due = self.ready.is_empty() || self.looked_at.is_none_or(long_ago);
+        if due {
+            self.looked_at = Some(now);
+        }
+        due
+    }
+
+    /// The lanes to look into: those that are not ours now, beginning each time with another one.
+    fn unclaimed(&mut self) -> Vec<i32> {
+        self.first_lane = (self.first_lane + 1) % LANES;
+        let from = self.first_lane;
+        (from..from + LANES).map(|lane| lane % LANES).filter(|&lane| !self.is_claimed(lane)).collect()
+    }
+
+    /// Takes in a look that began with `basis`.
+    fn found(&mut self, basis: Basis, found: &[Found]) {
+        for lane in found {
+            if lane.settled {
+                self.cursors.advance(basis, lane.lane, i64::MAX);
+            }
+            if lane.claimable && !self.ready.contains(&lane.lane) {
+                self.ready.push_back(lane.lane);
+            }
+        }
+    }
+
+    /// Takes the share of one free worker from the lanes that are ready.
+    fn take_share(&mut self) -> Vec<i32> {
+        let share = self.ready.len().div_ceil(self.idle_workers.max(1));
+        self.ready.drain(..share).collect()
+    }
+
+    /// Of the lanes that were `tried`, a claim of `max_events` could not take more than that many; the others are
+    /// still to be tried. (Those that it tried and did not get are somebody else's.)
+    fn put_back(&mut self, tried: &[i32], got: &[i32], max_events: i32) {
+        if usize::try_from(max_events).is_ok_and(|max| got.len() >= max) {
+            for lane in tried.iter().rev().filter(|lane| !got.contains(lane)) {
+                self.ready.push_front(*lane);
+            }
+        }
+    }
+
+    /// A claim of these lanes went to a worker.
+    fn sent(&mut self, lanes: &[i32]) {
+        self.idle_workers = self.idle_workers.saturating_sub(1);
+        self.claimed_since_rewind = true;
+        self.claimed_since_horizon = true;
+        for &lane in lanes {
+            self.set_claimed(lane, true);
+        }
+    }
+
+    fn is_claimed(&self, lane: i32) -> bool {
+        usize::try_from(lane).ok().and_then(|lane| self.claimed.get(lane)).copied().unwrap_or(false)
+    }
+
+    fn set_claimed(&mut self, lane: i32, claimed: bool) {
+        if let Some(slot) = usize::try_from(lane).ok().and_then(|lane| self.claimed.get_mut(lane)) {
+            *slot = claimed;
         }
     }
 }

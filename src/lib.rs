@@ -16,7 +16,7 @@
 //!
 //! # In reading order
 //!
-//! [`event`] what travels · [`order`] which event may go next · [`retry`] what becomes of a failed one ·
+//! [`event`] what travels · [`cursors`] what is settled · [`order`] which event may go next · [`retry`] what becomes of a failed one ·
 //! [`topic_map`] topic to subject · [`headers`] metadata to headers · [`answer`] what JetStream says ·
 //! [`outage`] the gate · [`health`] live and ready. These are plain data and pure decisions. Then [`store`] (all
 //! of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`], [`worker`] with [`publish`],
@@ -28,6 +28,7 @@ pub mod boottime;
 pub mod claimer;
 pub mod command;
 pub mod config;
+pub mod cursors;
 pub mod event;
 pub mod failpoint;
 pub mod headers;

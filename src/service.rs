@@ -214,7 +214,6 @@ impl Service {
             wake: woken,
             listening,
             failed_settles,
-            workers,
             batch_size: dispatcher.batch_size,
             poll_interval: dispatcher.poll_interval,
             fallback_interval: dispatcher.fallback_interval,

@@ -11,7 +11,7 @@
 //! once. A connection that has seen any error is closed, never pooled again: what state its transaction is
 //! in, nobody knows. Dropping a claim rolls it back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::DerefMut;
 use std::sync::Arc;
@@ -29,6 +29,7 @@ use r2d2_postgres::PostgresConnectionManager;
 use uuid::Uuid;
 
 use crate::config::{Database, Secret};
+use crate::cursors::{self, Reading, Writer};
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 
@@ -53,11 +54,12 @@ const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
 
 /// The plans of a claim are part of the design. Each of its searches has exactly one index that fits; these
 /// keep the planner from preferring a scan or a hash where the tables looked empty when it planned. A plan
-/// is made once a connection, and neither compiled nor made anew for each set of parameters.
-pub const CLAIM_PLANS: &str = "SET LOCAL plan_cache_mode = force_generic_plan; \
-     SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; \
-     SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_memoize = off; \
-     SET LOCAL jit = off";
+/// is made once a connection, and neither compiled nor made anew for each set of parameters. One statement, as
+/// each costs its share in every claim.
+pub const CLAIM_PLANS: &str = "SELECT set_config('plan_cache_mode', 'force_generic_plan', true), \
+     set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true), \
+     set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true), \
+     set_config('enable_memoize', 'off', true), set_config('jit', 'off', true)";
 
 /// The migrations in order; each records its version in `outbox_schema` and does nothing the second time.
 const MIGRATIONS: &[(i32, &str)] = &[(1, include_str!("../schema/001_outbox.sql"))];
@@ -170,49 +172,28 @@ impl Store {
         Ok(Store { pool, shared: Arc::new(shared) })
     }
 
-    /// Locks up to `max_lanes` lanes that have something to claim, looking from `first_lane` on and round to
-    /// it again, and reads up to `max_events` of their events, about as many of each lane. Lanes that other
-    /// claims hold are passed over. A claim that found nothing holds no connection.
+    /// Begins the transaction in which a claim is made.
     ///
     /// # Errors
-    /// PostgreSQL is out of reach or refuses; nothing stays locked.
-    pub fn claim(&self, first_lane: i32, max_lanes: i32, max_events: i32) -> Result<Claim, StoreError> {
-        let ClaimSettings { ordered, block_on_dead, max_claim_bytes, .. } = self.shared.settings;
-        let block_on_dead = ordered && block_on_dead;
-        let backoff_max_ms = milliseconds(self.shared.settings.backoff_max);
-        let max_events = max_events.max(1);
-        let max_lanes = max_lanes.clamp(1, LANES.min(max_events));
-        let first_lane = first_lane.rem_euclid(LANES);
-
-        // Held by the claim from here on, so that every way out ends the transaction.
+    /// PostgreSQL is out of reach or refuses.
+    pub fn open(&self) -> Result<Opening, StoreError> {
         let mut connection = self.connection()?;
         connection.batch(&self.shared.begin_claim)?;
-        let mut claim =
-            Claim { connection: Some(connection), lanes: Vec::new(), events: Vec::new(), more: false };
+        Ok(Opening { transaction: Transaction(Some(connection)), shared: self.shared.clone() })
+    }
 
-        let rows = claim
-            .query(&LOCK_LANES, &[&first_lane, &max_lanes, &ordered, &block_on_dead, &backoff_max_ms])?;
-        claim.lanes = read_all(&rows, |row| row.try_get(0))?;
-        if claim.lanes.is_empty() {
-            return claim.release_empty();
-        }
-        failpoint!("claim.locked");
-        let rows = claim.query(
-            &READ_EVENTS,
-            &[&claim.lanes.clone(), &max_events, &ordered, &block_on_dead, &backoff_max_ms, &max_claim_bytes],
-        )?;
-        let read = read_all(&rows, read_event)?;
-        claim.more = claim.lanes.len() == usize_of(max_lanes)
-            || read.iter().any(Option::is_none)
-            || fills_a_lane(&read, &claim.lanes, usize_of(max_events));
-        claim.events = read.into_iter().flatten().collect();
-        // Within a lane the retries came first; a key's events go out in seq order.
-        claim.events.sort_by_key(|event| (event.lane, event.seq));
-        if claim.events.is_empty() {
-            return claim.release_empty();
-        }
-        failpoint!("claim.read");
-        Ok(claim)
+    /// What bounds the cursors, as `cursors.rs` wants it read; `None` where events can appear below any bound, as
+    /// `seq` does not come from a sequence of its own without a cache.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn horizon(&self) -> Result<Option<Reading>, StoreError> {
+        let mut connection = self.connection()?;
+        let last_seq: Option<i64> = first(&connection.query(&LAST_SEQ, &[])?, |row| row.try_get(0))?;
+        let Some(last_seq) = last_seq else { return Ok(None) };
+        let rows = connection.query(&OPEN_WRITERS, &[])?;
+        let writers = read_all(&rows, |row| Ok(Writer { name: row.try_get(0)?, prepared: row.try_get(1)? }))?;
+        Ok(Some(Reading { last_seq, writers: writers.into_iter().collect() }))
     }
 
     /// What an empty claim may be waiting for.
@@ -364,7 +345,8 @@ impl Store {
     ) -> Result<Vec<Row>, StoreError> {
         let mut connection = self.connection()?;
         connection.batch(&format!(
-            "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SET LOCAL statement_timeout = {}; {CLAIM_PLANS}",
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; \
+             {CLAIM_PLANS}, set_config('statement_timeout', '{}', true)",
             milliseconds(timeout)
         ))?;
         let rows = connection.query(query, params)?;
@@ -373,15 +355,186 @@ impl Store {
     }
 }
 
+/// An open transaction; dropping it rolls it back. `None` once it has ended.
+struct Transaction(Option<Connection>);
+
+impl Transaction {
+    fn query(&mut self, query: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
+        match self.0.as_mut() {
+            Some(connection) => connection.query(query, params),
+            None => Err(StoreError::outage("the claim has ended".into())),
+        }
+    }
+
+    fn roll_back(&mut self) -> Result<(), StoreError> {
+        self.0.take().map_or(Ok(()), |mut connection| connection.batch("ROLLBACK"))
+    }
+}
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        if let Err(error) = self.roll_back() {
+            debug!("rollback of a dropped claim failed; its connection is closed: {error}");
+        }
+    }
+}
+
+/// A transaction in which a claim is about to be made. Dropping it ends it.
+pub struct Opening {
+    transaction: Transaction,
+    shared: Arc<Shared>,
+}
+
+/// What a look into a lane found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// The lane.
+    pub lane: i32,
+    /// It has something to claim, though perhaps somebody else has claimed it already.
+    pub claimable: bool,
+    /// It has no fresh event above its cursor at all.
+    pub settled: bool,
+}
+
+impl Opening {
+    /// Looks into `lanes`, in this order, without locking anything; fresh events are looked for above the cursors.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn find(&mut self, lanes: &[i32], cursors: &[i64; cursors::LANES]) -> Result<Vec<Found>, StoreError> {
+        let ClaimSettings { ordered, block_on_dead, backoff_max, .. } = self.shared.settings;
+        let rows = self.transaction.query(
+            &FIND_LANES,
+            &[
+                &lanes,
+                &positions(lanes, cursors),
+                &ordered,
+                &(ordered && block_on_dead),
+                &milliseconds(backoff_max),
+            ],
+        )?;
+        read_all(&rows, |row| {
+            Ok(Found { lane: row.try_get(0)?, claimable: row.try_get(1)?, settled: row.try_get(2)? })
+        })
+    }
+
+    /// Locks those of `lanes` that nobody else has claimed, `max_lanes` at most, and reads up to `max_events` of
+    /// their events, about as many of each lane; fresh ones from above the cursors. A claim that found nothing
+    /// holds no connection.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses; nothing stays locked.
+    pub fn claim(
+        self,
+        lanes: &[i32],
+        max_lanes: i32,
+        max_events: i32,
+        cursors: &[i64; cursors::LANES],
+    ) -> Result<Claim, StoreError> {
+        let ClaimSettings { ordered, block_on_dead, backoff_max, max_claim_bytes, .. } = self.shared.settings;
+        let max_events = max_events.max(1);
+        let max_lanes = max_lanes.clamp(1, LANES.min(max_events));
+        let mut claim = Claim {
+            transaction: self.transaction,
+            lanes: Vec::new(),
+            server: ServerLife::default(),
+            reads: Vec::new(),
+            events: Vec::new(),
+        };
+        let rows = claim.transaction.query(&LOCK_LANES, &[&lanes, &max_lanes])?;
+        let Some(row) = rows.first() else { return claim.release_empty() };
+        claim.server = ServerLife::read(row).map_err(|error| StoreError::from(&error))?;
+        claim.lanes = read_all(&rows, |row| row.try_get(0))?;
+        failpoint!("claim.locked");
+        let from = positions(&claim.lanes, cursors);
+        let rows = claim.transaction.query(
+            &READ_EVENTS,
+            &[
+                &claim.lanes,
+                &max_events,
+                &ordered,
+                &(ordered && block_on_dead),
+                &milliseconds(backoff_max),
+                &max_claim_bytes,
+                &from,
+            ],
+        )?;
+        let read = read_all(&rows, read_event)?;
+        if read.is_empty() {
+            return claim.release_empty();
+        }
+        claim.reads = lane_reads(&read, &claim.lanes, usize_of(max_events));
+        let held = read.iter().any(|row| row.held);
+        claim.events = read.into_iter().filter_map(|row| row.event).collect();
+        if held {
+            claim.find_left_out(&from)?;
+        }
+        // Within a lane the retries came first; a key's events go out in seq order.
+        claim.events.sort_by_key(|event| (event.lane, event.seq));
+        failpoint!("claim.read");
+        Ok(claim)
+    }
+}
+
 /// Lanes locked plus their events read, in one open transaction. Ends by [`Claim::settle`], by
 /// [`Claim::release`], or by being dropped, which releases it too.
 pub struct Claim {
-    /// `None` once the transaction has ended.
-    connection: Option<Connection>,
+    transaction: Transaction,
     /// The lanes locked; empty when there was nothing to claim.
     pub lanes: Vec<i32>,
+    /// The server that this claim was made on.
+    pub server: ServerLife,
+    /// How each lane was read.
+    reads: Vec<LaneRead>,
     events: Vec<Event>,
-    more: bool,
+}
+
+/// One life of a server: another one may have forgotten what was settled in this one, as settles need not have been
+/// on disk when it crashed, nor have reached the standby that took over. Two different lives are never equal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ServerLife {
+    /// When the server was started; microseconds since 2000-01-01 UTC.
+    started: i64,
+    /// When its statistics began: also at every recovery from a crash of one of its processes.
+    recovered: i64,
+}
+
+impl ServerLife {
+    fn read(row: &Row) -> Result<ServerLife, postgres::Error> {
+        let recovered: Option<Timestamp> = row.try_get(2)?;
+        Ok(ServerLife {
+            started: row.try_get::<_, Timestamp>(1)?.0,
+            recovered: recovered.map_or(0, |Timestamp(at)| at),
+        })
+    }
+}
+
+/// How a lane was read.
+#[derive(Debug, Clone, Copy)]
+struct LaneRead {
+    lane: i32,
+    /// The last fresh event read; `i64::MAX` when the read came to the end of the lane.
+    read_to: i64,
+    /// The first fresh event passed over on the way there.
+    left_out: Option<i64>,
+}
+
+impl LaneRead {
+    /// A limit cut the read of this lane short.
+    fn is_cut(&self) -> bool {
+        self.read_to != i64::MAX
+    }
+}
+
+/// What a claim's outcomes mean for one of its lanes, once they are settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaneEnd {
+    /// The lane.
+    pub lane: i32,
+    /// No fresh event is left in the lane up to here, of those that had appeared when it was read.
+    pub reach: i64,
+    /// The lane may have more to claim at once, as a limit of this claim cut it short or an event stays untouched.
+    pub more: bool,
 }
 
 impl Claim {
@@ -400,10 +553,29 @@ impl Claim {
         self.lanes.is_empty()
     }
 
-    /// True when this claim may have left something for the next one, as one of its limits cut it short:
-    /// claim again at once. (False while only lanes that other claims hold have more.)
+    /// True when one of its limits cut this claim short: its lanes have more.
     pub fn more(&self) -> bool {
-        self.more
+        self.reads.iter().any(LaneRead::is_cut)
+    }
+
+    /// What these outcomes mean for the claim's lanes, once they are settled; `untouched` are the events that stay as
+    /// they were.
+    pub fn ends<'e>(&self, untouched: impl IntoIterator<Item = &'e Event>) -> Vec<LaneEnd> {
+        let mut first_untouched: HashMap<i32, i64> = HashMap::new();
+        let mut untouched_lanes = HashSet::new();
+        for event in untouched {
+            untouched_lanes.insert(event.lane);
+            if !event.in_retry {
+                let seq = first_untouched.entry(event.lane).or_insert(event.seq);
+                *seq = event.seq.min(*seq);
+            }
+        }
+        let end = |read: &LaneRead| LaneEnd {
+            lane: read.lane,
+            reach: cursors::reach(read.read_to, read.left_out, first_untouched.get(&read.lane).copied()),
+            more: read.is_cut() || untouched_lanes.contains(&read.lane),
+        };
+        self.reads.iter().map(end).collect()
     }
 
     /// Writes what became of the events and commits, in at most three statements. An event without an outcome
@@ -420,7 +592,7 @@ impl Claim {
         for (event, outcome) in outcomes {
             writes.add(event, outcome);
         }
-        let Some(mut connection) = self.connection.take() else {
+        let Some(mut connection) = self.transaction.0.take() else {
             return Ok(Settled { missed: writes.len(), ..Settled::default() });
         };
         let settled = writes.apply(&mut connection)?;
@@ -435,36 +607,26 @@ impl Claim {
     /// # Errors
     /// The connection was lost, which releases the claim as well.
     pub fn release(mut self) -> Result<(), StoreError> {
-        match self.connection.take() {
-            Some(mut connection) => connection.batch("ROLLBACK"),
-            None => Ok(()),
-        }
+        self.transaction.roll_back()
     }
 
     /// Rolls back a claim that has found nothing and returns it as an empty one.
     fn release_empty(mut self) -> Result<Claim, StoreError> {
-        let more = self.more;
-        if let Some(mut connection) = self.connection.take() {
-            connection.batch("ROLLBACK")?;
-        }
-        Ok(Claim { connection: None, lanes: Vec::new(), events: Vec::new(), more })
+        self.transaction.roll_back()?;
+        self.lanes.clear();
+        Ok(self)
     }
 
-    fn query(&mut self, query: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
-        match self.connection.as_mut() {
-            Some(connection) => connection.query(query, params),
-            None => Err(StoreError::outage("the claim has ended".into())),
+    /// Finds the first fresh event that each lane's read has passed over.
+    fn find_left_out(&mut self, from: &[i64]) -> Result<(), StoreError> {
+        let read_to: Vec<i64> = self.reads.iter().map(|read| read.read_to).collect();
+        let seqs: Vec<i64> = self.events.iter().map(|event| event.seq).collect();
+        let rows = self.transaction.query(&LEFT_OUT, &[&self.lanes, &from, &read_to, &seqs])?;
+        let left_out: Vec<Option<i64>> = read_all(&rows, |row| row.try_get(1))?;
+        for (read, left_out) in self.reads.iter_mut().zip(left_out) {
+            read.left_out = left_out;
         }
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        if let Some(mut connection) = self.connection.take()
-            && let Err(error) = connection.batch("ROLLBACK")
-        {
-            debug!("rollback of a dropped claim failed; its connection is closed: {error}");
-        }
+        Ok(())
     }
 }
 
@@ -580,8 +742,12 @@ macro_rules! query {
     };
 }
 
+const FIND_LANES: Query = query!("find_lanes");
 const LOCK_LANES: Query = query!("lock_lanes");
 const READ_EVENTS: Query = query!("read_events");
+const LEFT_OUT: Query = query!("left_out");
+const LAST_SEQ: Query = query!("last_seq");
+const OPEN_WRITERS: Query = query!("open_writers");
 const SETTLE_PUBLISHED: Query = query!("settle_published");
 const SETTLE_RETRIED: Query = query!("settle_retried");
 const SETTLE_DEAD: Query = query!("settle_dead");
@@ -789,13 +955,23 @@ fn storable(error: &str) -> String {
     error.chars().take(LAST_ERROR_MAX_CHARS).map(|c| if c == '\0' { '\u{fffd}' } else { c }).collect()
 }
 
-/// One row of `read_events.sql`; `None` for the row that says that bytes cut the claim short.
-fn read_event(row: &Row) -> Result<Option<Event>, postgres::Error> {
+/// One row of `read_events.sql`.
+struct ReadRow {
+    lane: i32,
+    /// `None` in the row that says that bytes cut the lane, or the claim, short.
+    event: Option<Event>,
+    /// Events may have been passed over, as a retry or a dead letter holds their key.
+    held: bool,
+}
+
+fn read_event(row: &Row) -> Result<ReadRow, postgres::Error> {
+    let lane = row.try_get(0)?;
+    let held = row.try_get(10)?;
     let Some(payload) = row.try_get(9)? else {
-        return Ok(None);
+        return Ok(ReadRow { lane, event: None, held });
     };
-    Ok(Some(Event {
-        lane: row.try_get(0)?,
+    let event = Event {
+        lane,
         id: row.try_get(1)?,
         seq: row.try_get(2)?,
         created_at: row.try_get::<_, Timestamp>(3)?.0,
@@ -805,16 +981,36 @@ fn read_event(row: &Row) -> Result<Option<Event>, postgres::Error> {
         in_retry: row.try_get(7)?,
         metadata: row.try_get(8)?,
         payload,
-    }))
+    };
+    Ok(ReadRow { lane, event: Some(event), held })
 }
 
-/// Whether some lane gave all that its share of `max_events` lets it give, and so may have more. The shares
-/// are those of `read_events.sql`: the first lanes take what does not divide.
-fn fills_a_lane(read: &[Option<Event>], lanes: &[i32], max_events: usize) -> bool {
-    lanes.iter().enumerate().any(|(turn, lane)| {
+/// How far each of `lanes` was read. A lane's read was cut short when it gave all that its share of `max_events`
+/// lets it give (the shares are those of `read_events.sql`: the first lanes take what does not divide), or when
+/// bytes cut it; when the last row says that bytes cut it, the lanes after its own may not have been read at all.
+fn lane_reads(read: &[ReadRow], lanes: &[i32], max_events: usize) -> Vec<LaneRead> {
+    let cut_from = read.last().filter(|row| row.event.is_none()).map(|row| row.lane);
+    let cut_from = cut_from.and_then(|cut| lanes.iter().position(|lane| *lane == cut));
+    let mut reads = Vec::with_capacity(lanes.len());
+    let mut rest = read;
+    for (turn, &lane) in lanes.iter().enumerate() {
+        // The rows come in the order of the lanes.
+        let rows;
+        (rows, rest) = rest.split_at(rest.iter().take_while(|row| row.lane == lane).count());
         let share = (max_events + lanes.len() - turn - 1) / lanes.len();
-        read.iter().flatten().filter(|event| event.lane == *lane).count() >= share
-    })
+        let cut = rows.len() >= share
+            || rows.iter().any(|row| row.event.is_none())
+            || cut_from.is_some_and(|from| turn >= from);
+        let last_fresh = rows.iter().filter_map(|row| row.event.as_ref()).filter(|event| !event.in_retry);
+        let last_fresh = last_fresh.map(|event| event.seq).max().unwrap_or(cursors::BEGINNING);
+        reads.push(LaneRead { lane, read_to: if cut { last_fresh } else { i64::MAX }, left_out: None });
+    }
+    reads
+}
+
+/// The cursors of these lanes.
+fn positions(lanes: &[i32], cursors: &[i64; cursors::LANES]) -> Vec<i64> {
+    lanes.iter().map(|&lane| cursors.get(usize_of(lane)).copied().unwrap_or(cursors::BEGINNING)).collect()
 }
 
 fn read_all<T>(
@@ -897,11 +1093,12 @@ fn address(config: &postgres::Config) -> String {
 
 fn begin_claim(settings: &ClaimSettings) -> String {
     // `on` would take from a server that is set to wait for its replicas.
-    let commit = if settings.synchronous_commit { "" } else { "; SET LOCAL synchronous_commit = off" };
+    let commit =
+        if settings.synchronous_commit { "" } else { ", set_config('synchronous_commit', 'off', true)" };
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
-         SET LOCAL idle_in_transaction_session_timeout = {}; \
-         SET LOCAL statement_timeout = {}; {CLAIM_PLANS}{commit}",
+         {CLAIM_PLANS}, set_config('idle_in_transaction_session_timeout', '{}', true), \
+         set_config('statement_timeout', '{}', true){commit}",
         milliseconds(settings.idle_in_transaction_timeout),
         milliseconds(STATEMENT_TIMEOUT),
     )

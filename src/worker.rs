@@ -15,12 +15,13 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender};
 
 use crate::boottime::Boottime;
+use crate::cursors::Basis;
 use crate::event::Outcome;
 use crate::failpoint;
 use crate::health::Heartbeat;
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Report};
-use crate::store::{Claim, Settled};
+use crate::store::{Claim, LaneEnd, Settled};
 
 /// A claim on its way from the claimer to a worker.
 pub struct Job {
@@ -28,6 +29,19 @@ pub struct Job {
     pub claim: Claim,
     /// When the events had been read; the budget counts from here.
     pub read_at: Boottime,
+    /// What was known of the cursors before they were read.
+    pub basis: Basis,
+}
+
+/// A worker is free, and how its last claim ended.
+#[derive(Debug, Default)]
+pub struct Finished {
+    /// What that claim was read on; `None` from a worker that had none yet.
+    pub basis: Option<Basis>,
+    /// What became of its lanes.
+    pub lanes: Vec<LaneEnd>,
+    /// The database failed: nothing is known of what it keeps of former settles.
+    pub database_failed: bool,
 }
 
 /// What the workers did while the service drained.
@@ -46,7 +60,7 @@ pub struct Worker {
     /// Where claims come from.
     pub jobs: Receiver<Job>,
     /// Where it says that it is free.
-    pub free: Sender<()>,
+    pub free: Sender<Finished>,
     /// What it publishes with.
     pub publish: Arc<Publish>,
     /// How long a claim may send.
@@ -67,32 +81,37 @@ impl Worker {
     /// # Errors
     /// None of its own: what fails in a claim is logged and left to the next claim.
     pub fn run(self) -> Result<()> {
+        let mut finished = Finished::default();
         loop {
             self.heartbeat.idle();
-            // The channel holds a token for every worker, so this never blocks.
-            if self.free.send(()).is_err() {
+            // The channel has room for every worker, so this never blocks.
+            if self.free.send(finished).is_err() {
                 return Ok(());
             }
             let Ok(job) = self.jobs.recv() else { return Ok(()) };
             self.heartbeat.beat();
-            self.work(job);
+            finished = self.work(job);
         }
     }
 
-    fn work(&self, job: Job) {
-        let Job { mut claim, read_at } = job;
+    fn work(&self, job: Job) -> Finished {
+        let Job { mut claim, read_at, basis } = job;
         let events: Vec<_> = claim.take_events().into_iter().map(Arc::new).collect();
         if self.is_draining() {
             self.drain.released.fetch_add(events.len(), Ordering::Relaxed);
-            return release(claim);
+            let lanes = claim.ends(events.iter().map(AsRef::as_ref));
+            return Finished { basis: Some(basis), lanes, database_failed: !release(claim) };
         }
         let started = Instant::now();
         let report = self.publish.claim(self.slot, &events, read_at.plus(self.claim_budget));
         let published_in = started.elapsed();
         self.metrics.publish_took(published_in);
-        let touched = report.outcomes.iter().filter(|outcome| **outcome != Outcome::Untouched).count();
+        let outcomes = || events.iter().map(AsRef::as_ref).zip(&report.outcomes);
+        let untouched = outcomes().filter(|(_, outcome)| **outcome == Outcome::Untouched);
+        let lanes = claim.ends(untouched.clone().map(|(event, _)| event));
+        let touched = events.len() - untouched.count();
         if touched == 0 {
-            return release(claim);
+            return Finished { basis: Some(basis), lanes, database_failed: !release(claim) };
         }
         failpoint!("settle.begin");
         let settling = Instant::now();
@@ -100,7 +119,7 @@ impl Worker {
             let pairs = events.iter().zip(&report.outcomes);
             pairs.filter(|(_, outcome)| **outcome == Outcome::Published).map(|(event, _)| event.id)
         };
-        match claim.settle(events.iter().map(AsRef::as_ref).zip(&report.outcomes)) {
+        match claim.settle(outcomes()) {
             Ok(settled) => {
                 self.failed_settles.store(0, Ordering::Relaxed);
                 self.publish.unsettled.forget(published());
@@ -126,6 +145,7 @@ impl Worker {
                     settled.dead,
                     settling.elapsed()
                 );
+                Finished { basis: Some(basis), lanes, database_failed: false }
             }
             Err(error) => {
                 self.metrics.postgres_error();
@@ -133,6 +153,7 @@ impl Worker {
                 let failures = self.failed_settles.fetch_add(1, Ordering::Relaxed);
                 let level = if failures == 0 { log::Level::Error } else { log::Level::Debug };
                 log::log!(level, "settle failed, will settle again: events={touched}: {error}");
+                Finished { basis: Some(basis), lanes, database_failed: true }
             }
         }
     }
@@ -149,9 +170,12 @@ impl Worker {
     }
 }
 
-/// Gives a claim back. Should even that fail, its connection is closed, which does the same.
-fn release(claim: Claim) {
-    if let Err(error) = claim.release() {
+/// Gives a claim back, and returns whether the database took it. If not, the connection is closed, which does the
+/// same.
+fn release(claim: Claim) -> bool {
+    let released = claim.release();
+    if let Err(error) = &released {
         log::debug!("release failed, the connection is closed: {error}");
     }
+    released.is_ok()
 }

@@ -7,8 +7,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pg_outbox::config::{Database, Secret};
+use pg_outbox::cursors;
 use pg_outbox::event::{Event, Outcome};
-use pg_outbox::store::{CLAIM_PLANS, Claim, ClaimSettings, LANES, Settled, Store};
+use pg_outbox::store::{CLAIM_PLANS, Claim, ClaimSettings, LANES, Settled, Store, StoreError};
 use postgres::Client;
 
 use crate::harness::{TestDb, database, wait_until};
@@ -16,6 +17,8 @@ use crate::harness::{TestDb, database, wait_until};
 const LIMIT: Duration = Duration::from_secs(20);
 /// The longest backoff of the stores here.
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
+/// Cursors that hide nothing.
+const BEGINNING: [i64; cursors::LANES] = [cursors::BEGINNING; cursors::LANES];
 
 /// How a test configures the database at `dsn`.
 pub fn settings_for(dsn: &str) -> Database {
@@ -47,9 +50,23 @@ fn store(db: &TestDb) -> Store {
     store_with(db, |_| {})
 }
 
+/// Looks into all lanes, from `first_lane` on and round to it again, and claims from the beginning of those that have
+/// something.
+pub fn claim_from(store: &Store, first_lane: i32, max_lanes: i32, max_events: i32) -> Claim {
+    try_claim(store, first_lane, max_lanes, max_events).unwrap()
+}
+
+fn try_claim(store: &Store, first_lane: i32, max_lanes: i32, max_events: i32) -> Result<Claim, StoreError> {
+    let lanes: Vec<i32> = (first_lane..first_lane + LANES).map(|lane| lane % LANES).collect();
+    let mut opening = store.open()?;
+    let found = opening.find(&lanes, &BEGINNING)?;
+    let claimable: Vec<i32> = found.iter().filter(|lane| lane.claimable).map(|lane| lane.lane).collect();
+    opening.claim(&claimable, max_lanes, max_events, &BEGINNING)
+}
+
 /// Claims whatever there is.
 fn claim(store: &Store) -> Claim {
-    store.claim(0, LANES, 1_000).unwrap()
+    claim_from(store, 0, LANES, 1_000)
 }
 
 /// The seqs that a claim gets, which is then released.
@@ -152,7 +169,7 @@ fn claims_never_share_a_lane() {
     let db = database();
     let store = store(&db);
     db.events("order.placed", 500, 50);
-    let mut claims: Vec<Claim> = (0..4).map(|turn| store.claim(turn * 16, 16, 100).unwrap()).collect();
+    let mut claims: Vec<Claim> = (0..4).map(|turn| claim_from(&store, turn * 16, 16, 100)).collect();
     let lanes: Vec<i32> = claims.iter().flat_map(|claim| claim.lanes.clone()).collect();
     let distinct: BTreeSet<i32> = lanes.iter().copied().collect();
     assert_eq!(lanes.len(), distinct.len(), "{lanes:?}");
@@ -169,10 +186,8 @@ fn lanes_are_looked_for_from_the_first_one_on_and_round() {
     let db = database();
     let store = store(&db);
     db.events("order.placed", 2_000, 2_000);
-    assert_eq!(store.claim(60, 6, 1_000).unwrap().lanes, [60, 61, 62, 63, 0, 1]);
-    assert_eq!(store.claim(7, 1, 1_000).unwrap().lanes, [7]);
-    // Any number will do for a turn that goes on for ever.
-    assert_eq!(store.claim(64 + 7, 1, 1_000).unwrap().lanes, [7]);
+    assert_eq!(claim_from(&store, 60, 6, 1_000).lanes, [60, 61, 62, 63, 0, 1]);
+    assert_eq!(claim_from(&store, 7, 1, 1_000).lanes, [7]);
 }
 
 #[test]
@@ -369,12 +384,12 @@ fn several_retries_of_a_key_come_in_seq_order() {
     for (n, seq) in all.iter().enumerate() {
         retry_in(&db, *seq, &format!("-{} seconds", n + 1));
     }
-    let mut claim = store.claim(0, LANES, 1_000).unwrap();
+    let mut claim = claim_from(&store, 0, LANES, 1_000);
     let order: Vec<i64> = claim.take_events().iter().map(|event| event.seq).collect();
     assert_eq!(order, all, "in seq order, without {fresh}");
     drop(claim);
     // A batch that cannot hold them all has the first ones.
-    let mut claim = store.claim(0, LANES, 2).unwrap();
+    let mut claim = claim_from(&store, 0, LANES, 2);
     assert_eq!(seqs(&claim.take_events()), all[..2]);
     assert!(claim.more());
     drop(claim);
@@ -423,7 +438,7 @@ fn an_open_claim_is_there_to_see_for_others() {
     let (one, other) = (store(&db), store(&db));
     assert!(!other.outlook().unwrap().claims_open);
     db.event("order.placed", "a", "{}");
-    let claim = one.claim(0, LANES, 10).unwrap();
+    let claim = claim_from(&one, 0, LANES, 10);
     assert!(claim_is_empty(&other), "the lane is locked");
     assert!(other.outlook().unwrap().claims_open, "so it is worth looking again soon");
     drop(claim);
@@ -488,13 +503,13 @@ fn lanes_share_a_claim_and_a_hot_one_may_have_all_of_it() {
     let db = database();
     let store = store(&db);
     db.events("order.placed", 1_000, 1);
-    let mut claim = store.claim(0, LANES, 100).unwrap();
+    let mut claim = claim_from(&store, 0, LANES, 100);
     assert_eq!(claim.take_events().len(), 100, "one hot lane alone gets the full batch");
     assert!(claim.more());
     drop(claim);
 
     db.events("order.shipped", 20_000, 400);
-    let mut claim = store.claim(0, 10, 105).unwrap();
+    let mut claim = claim_from(&store, 0, 10, 105);
     let mut of_lane = BTreeMap::new();
     for event in claim.take_events() {
         *of_lane.entry(event.lane).or_insert(0) += 1;
@@ -505,7 +520,7 @@ fn lanes_share_a_claim_and_a_hot_one_may_have_all_of_it() {
     drop(claim);
 
     // Fewer events than lanes: no lane is locked for nothing.
-    let mut claim = store.claim(0, LANES, 3).unwrap();
+    let mut claim = claim_from(&store, 0, LANES, 3);
     assert_eq!((claim.lanes.len(), claim.take_events().len()), (3, 3));
 }
 
@@ -514,7 +529,7 @@ fn a_claim_that_took_everything_says_so() {
     let db = database();
     let store = store(&db);
     db.events("order.placed", 30, 10);
-    let mut claim = store.claim(0, LANES, 1_000).unwrap();
+    let mut claim = claim_from(&store, 0, LANES, 1_000);
     assert_eq!(claim.take_events().len(), 30);
     assert!(!claim.more());
 }
@@ -537,7 +552,7 @@ fn a_claim_is_bounded_in_bytes() {
     let mut seen: BTreeMap<String, Vec<i64>> = BTreeMap::new();
     let mut claims = 0;
     loop {
-        let mut claim = store.claim(claims, LANES, 1_000).unwrap();
+        let mut claim = claim_from(&store, claims, LANES, 1_000);
         let events = claim.take_events();
         if events.is_empty() {
             break;
@@ -643,7 +658,7 @@ fn a_store_without_its_schema_or_server_fails_in_words() {
     let db = database();
     let store = store(&db);
     db.execute("ALTER TABLE outbox_lanes RENAME TO elsewhere");
-    let error = store.claim(0, 1, 1).err().unwrap();
+    let error = try_claim(&store, 0, 1, 1).err().unwrap();
     assert_eq!(error.sqlstate(), Some("42P01"), "{error}");
     assert_eq!(store.pool_state().connections, 0);
     db.execute("ALTER TABLE elsewhere RENAME TO outbox_lanes");
@@ -674,7 +689,7 @@ fn the_pool_keeps_no_more_idle_connections_than_it_may() {
     let distinct_lanes =
         "INSERT INTO outboxes (topic, payload) SELECT 't' || n, '{}' FROM generate_series(1, 500) n";
     db.execute(distinct_lanes);
-    let claims: Vec<Claim> = (0..8).map(|n| store.claim(n * 8, 8, 8).unwrap()).collect();
+    let claims: Vec<Claim> = (0..8).map(|n| claim_from(&store, n * 8, 8, 8)).collect();
     assert_eq!(store.pool_state().connections, 8);
     assert!(store.ping().is_err(), "all eight are in use");
     drop(claims);
@@ -732,8 +747,8 @@ fn every_statement_prepares_against_the_schema() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
     let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert!(files.len() >= 10);
-    for file in files {
-        let text = std::fs::read_to_string(&file).unwrap();
+    for file in files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "sql")) {
+        let text = std::fs::read_to_string(file).unwrap();
         if let Err(error) = client.prepare(&text) {
             panic!("{}: {error:?}", file.display());
         }
@@ -798,12 +813,18 @@ impl Planned {
     fn prepare(db: &TestDb) -> Planned {
         let mut client = db.client();
         for (name, types, text) in [
-            ("lock_lanes", "int, int, bool, bool, bigint", include_str!("../src/store/lock_lanes.sql")),
+            (
+                "find_lanes",
+                "int[], bigint[], bool, bool, bigint",
+                include_str!("../src/store/find_lanes.sql"),
+            ),
+            ("lock_lanes", "int[], int", include_str!("../src/store/lock_lanes.sql")),
             (
                 "read_events",
-                "int[], int, bool, bool, bigint, bigint",
+                "int[], int, bool, bool, bigint, bigint, bigint[]",
                 include_str!("../src/store/read_events.sql"),
             ),
+            ("left_out", "int[], bigint[], bigint[], bigint[]", include_str!("../src/store/left_out.sql")),
             ("settle_published", "uuid[], timestamptz[]", include_str!("../src/store/settle_published.sql")),
         ] {
             client.batch_execute(&format!("PREPARE {name} ({types}) AS {text}")).unwrap();
@@ -812,6 +833,7 @@ impl Planned {
     }
 
     fn check(&mut self, state: &str) {
+        let (lanes, cursors) = ("{5,6,7,8,9,10,11,12,13,14}", "{0,0,0,0,0,0,0,0,0,0}");
         for mode in ["force_generic_plan", "force_custom_plan"] {
             let settings = CLAIM_PLANS.replace("force_generic_plan", mode);
             self.client.batch_execute(&format!("BEGIN; {settings}")).unwrap();
@@ -819,16 +841,25 @@ impl Planned {
                 self.check_one(
                     state,
                     mode,
-                    &format!("lock_lanes (5, 13, true, {block_on_dead}, 300000)"),
+                    &format!("find_lanes ('{lanes}', '{cursors}', true, {block_on_dead}, 300000)"),
                     1_500,
                 );
                 self.check_one(
                     state,
                     mode,
-                    &format!("read_events ('{{5,6,7,8,9,10,11,12,13,14}}', 100, true, {block_on_dead}, 300000, 1000000)"),
+                    &format!(
+                        "read_events ('{lanes}', 100, true, {block_on_dead}, 300000, 1000000, '{cursors}')"
+                    ),
                     2_500,
                 );
             }
+            self.check_one(state, mode, &format!("lock_lanes ('{lanes}', 13)"), 1_500);
+            self.check_one(
+                state,
+                mode,
+                &format!("left_out ('{lanes}', '{cursors}', '{cursors}', '{cursors}')"),
+                1_500,
+            );
             let (ids, created_at) = self.some_events(100);
             self.check_one(state, mode, &format!("settle_published ('{ids}', '{created_at}')"), 2_000);
             self.client.batch_execute("ROLLBACK").unwrap();

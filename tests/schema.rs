@@ -10,7 +10,7 @@ use pg_outbox::command::migrate::{self, Order};
 use pg_outbox::store::{ClaimSettings, Store};
 use postgres::Client;
 
-use crate::claim::settings_for;
+use crate::claim::{claim_from, settings_for};
 use crate::harness::database::shared_postgres;
 use crate::harness::{TestDb, database, unique, wait_until};
 
@@ -145,7 +145,7 @@ fn the_order_is_chosen_once() {
         );
         assert_eq!(text(&mut db.client(), keys), expected);
         assert_eq!(db.number("SELECT count(DISTINCT outbox_lane(topic, metadata)) FROM outboxes"), lanes);
-        let mut claim = store(&db).claim(0, 64, 100).unwrap();
+        let mut claim = claim_from(&store(&db), 0, 64, 100);
         assert_eq!(claim.take_events().len(), 4, "the lane index is searched in every order");
         for other in [Order::Key, Order::Topic, Order::All] {
             let result = run_migrate(&db.dsn, Some(other));
@@ -357,7 +357,7 @@ fn a_month_is_made_once_and_takes_its_events_out_of_default() {
         ),
         "before=outboxes_default first=outboxes_2024_02 last=outboxes_2024_02 after=outboxes_default never=outboxes_default"
     );
-    let mut claim = store.claim(0, 64, 100).unwrap();
+    let mut claim = claim_from(&store, 0, 64, 100);
     assert_eq!(claim.take_events().len(), 5);
     // A partition like the others: its indexes belong to the table's, and its checks are there.
     let shape = "SELECT string_agg(format('%s %s', (SELECT count(*) FROM pg_inherits i JOIN pg_index x ON x.indexrelid = i.inhrelid WHERE x.indrelid = c.oid),
@@ -381,7 +381,7 @@ fn making_a_month_gives_way_to_an_open_claim() {
     let db = database();
     let store = store(&db);
     db.event("order.placed", "k", "{}");
-    let claim = store.claim(0, 64, 100).unwrap();
+    let claim = claim_from(&store, 0, 64, 100);
     let started = Instant::now();
     std::thread::scope(|scope| {
         let month = scope.spawn(|| {
@@ -392,7 +392,7 @@ fn making_a_month_gives_way_to_an_open_claim() {
         while !month.is_finished() {
             let before = Instant::now();
             client.batch_execute("INSERT INTO outboxes (topic, payload) VALUES ('a', '{}')").unwrap();
-            drop(store.claim(0, 64, 100).unwrap());
+            drop(claim_from(&store, 0, 64, 100));
             assert!(before.elapsed() < Duration::from_secs(2), "stood still for {:?}", before.elapsed());
         }
         assert_eq!(month.join().unwrap(), "55P03");
@@ -487,7 +487,7 @@ fn a_dump_restores_elsewhere() {
     let output = shared_postgres().psql(&to.name).arg("-f").arg(file.path()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(to.pending(), 10);
-    assert_eq!(store(&to).claim(0, 64, 100).unwrap().take_events().len(), 10);
+    assert_eq!(claim_from(&store(&to), 0, 64, 100).take_events().len(), 10);
 }
 
 #[test]

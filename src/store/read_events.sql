@@ -12,14 +12,19 @@
 --
 -- For 1,000 events of 450 B: 5 ms; 14 ms while some event is in retry, as each one's key is looked up.
 --
--- $1 int[]: lanes. $2 int: events at most. $3, $4, $5: as in lock_lanes.sql. $6 bigint: bytes at most.
+-- Fresh events are read from above their lane's cursor. Where held is true, an event may have been passed over
+-- because a retry or a dead letter holds its key; left_out.sql finds the first of them.
+--
+-- $1 int[]: lanes. $2 int: events at most. $3, $4, $5: as in find_lanes.sql. $6 bigint: bytes at most. $7 bigint[]:
+-- the lanes' cursors.
   WITH held AS MATERIALIZED (
        SELECT EXISTS (SELECT FROM outboxes
                        WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL) AS by_retry,
               $4::bool AND EXISTS (SELECT FROM outboxes
                                     WHERE published_at IS NULL AND dead_at IS NOT NULL) AS by_dead)
 SELECT lane, id, seq, created_at, topic, key, attempts, in_retry, metadata,
-       CASE WHEN bytes_so_far <= $6 OR place = 1 THEN payload END AS payload
+       CASE WHEN bytes_so_far <= $6 OR place = 1 THEN payload END AS payload,
+       (SELECT by_retry OR by_dead FROM held) AS held
   FROM (
 SELECT texts.*,
        sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS bytes_so_far,
@@ -30,7 +35,7 @@ SELECT printed.*, coalesce(octet_length(payload), 0) + coalesce(octet_length(met
 SELECT l.lane, e.id, e.seq, e.created_at, e.topic, outbox_key(e.topic, e.metadata) AS key,
        coalesce(e.attempts, 0) AS attempts, e.next_attempt_at IS NOT NULL AS in_retry, e.metadata::text AS metadata,
        CASE WHEN e.stored_so_far <= $6::bigint / cardinality($1) OR e.place = 1 THEN e.payload::text END AS payload
-  FROM unnest($1::int[]) WITH ORDINALITY AS l(lane, turn)
+  FROM unnest($1::int[], $7::bigint[]) WITH ORDINALITY AS l(lane, cursor, turn)
  CROSS JOIN LATERAL (
 SELECT sized.*,
        sum(stored) OVER (ROWS UNBOUNDED PRECEDING) AS stored_so_far,
@@ -69,7 +74,7 @@ SELECT picked.*,
        (SELECT *
           FROM outboxes o
          WHERE outbox_lane(o.topic, o.metadata) = l.lane
-           AND o.published_at IS NULL AND o.dead_at IS NULL AND o.next_attempt_at IS NULL
+           AND o.published_at IS NULL AND o.dead_at IS NULL AND o.next_attempt_at IS NULL AND o.seq > l.cursor
            AND NOT ($3::bool AND (SELECT by_retry FROM held) AND EXISTS (
                SELECT FROM outboxes r
                 WHERE md5(outbox_key(r.topic, r.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND r.seq < o.seq
