@@ -178,14 +178,20 @@ BEGIN
 
     -- The wake-up ----------------------------------------------------------------------------------------
     --
-    -- A statement on the table notifies once, and PostgreSQL folds the notifications of a transaction into
-    -- one. Optional: without it pg-outbox polls. (A transaction that notifies cannot be prepared for
-    -- two-phase commit.)
+    -- A transaction that notifies holds a lock of the whole database through its commit, which caps all writers
+    -- together. So a statement on the table notifies only while a dispatcher sleeps. Who sleeps has an advisory
+    -- lock for itself, or waits for it; here it is tried to share it, until the end of the transaction, which
+    -- costs next to nothing and succeeds while nobody sleeps. A dispatcher that asks for the lock gets it once
+    -- those who share it have ended, and looks for their events then, so that none is forgotten. The lock is
+    -- named by a number of ours and the table's oid. Optional: without this trigger pg-outbox polls. (A
+    -- transaction that notifies cannot be prepared for two-phase commit.)
 
     CREATE FUNCTION outbox_notify() RETURNS trigger
     LANGUAGE plpgsql AS $body$
     BEGIN
-        PERFORM pg_catalog.pg_notify('outbox_events', '');
+        IF NOT pg_catalog.pg_try_advisory_xact_lock_shared(1869968483, TG_RELID::int8::bit(32)::int4) THEN
+            PERFORM pg_catalog.pg_notify('outbox_events', '');
+        END IF;
         RETURN NULL;
     END
     $body$;
@@ -365,7 +371,7 @@ BEGIN
     COMMENT ON TABLE outbox_schema IS 'Migrations applied';
     COMMENT ON FUNCTION outbox_key(text, jsonb) IS 'The ordering key of an event';
     COMMENT ON FUNCTION outbox_lane(text, jsonb) IS 'The lane of an event''s key, 0 to 63';
-    COMMENT ON FUNCTION outbox_notify() IS 'Wakes pg-outbox up when the transaction commits';
+    COMMENT ON FUNCTION outbox_notify() IS 'Wakes pg-outbox up when the transaction commits, if it sleeps';
     COMMENT ON FUNCTION create_monthly_partition(text, date) IS
         'Makes the partition for the month of the date (UTC) if it is missing, and returns its name';
     COMMENT ON FUNCTION cleanup_old_outbox_events(int) IS

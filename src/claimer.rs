@@ -16,7 +16,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -28,6 +28,7 @@ use crate::health::{Health, Heartbeat, Part};
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;
 use crate::store::{Found, LANES, ServerLife, Store, StoreError};
+use crate::wakeup::Doze;
 use crate::worker::{Finished, Job};
 
 /// First and longest pause between claims that fail.
@@ -38,6 +39,10 @@ const REST_MIN: Duration = Duration::from_millis(5);
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two looks while lanes with events are known: how long a lane may wait to be found behind them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Shortest rest while claims are under way; it doubles while nothing is found, up to `poll_interval`.
+const NAP_MIN: Duration = Duration::from_millis(10);
+/// Writers need not notify any more when claims went on for so long without a rest.
+const AWAKE_AFTER: Duration = Duration::from_millis(20);
 /// Time between two looks from the beginning, which may cost more than others.
 const REWIND_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -51,10 +56,8 @@ pub struct Claimer {
     pub jobs: Sender<Job>,
     /// Workers say here that they are free.
     pub free: Receiver<Finished>,
-    /// Wake-ups.
-    pub wake: Receiver<()>,
-    /// Whether wake-ups can be relied on.
-    pub listening: Arc<AtomicBool>,
+    /// Wakes it, once it has said that it sleeps.
+    pub doze: Doze,
     /// Settles that failed since the last one that did not.
     pub failed_settles: Arc<AtomicU32>,
     /// Events of one claim at most.
@@ -83,6 +86,8 @@ enum Attempt {
     Claimed(Box<Job>),
     /// Somebody else has the lanes that were tried, or what was known of them no longer holds: try on.
     Missed,
+    /// Somebody else has all lanes that have anything.
+    Elsewhere,
     /// No lane has anything that could be claimed now.
     Nothing,
 }
@@ -117,30 +122,40 @@ impl Claimer {
                 search.finished(&finished);
             }
             // A wake-up before the look's snapshot is answered by the look itself.
-            let _ = self.wake.try_recv();
+            let _ = self.doze.wake_ups().try_recv();
             let rest = match self.attempt(&mut search) {
                 Ok(Attempt::Claimed(job)) => {
                     trouble.over(&self.health);
-                    search.sent(&job.claim.lanes);
+                    if search.sent(&job.claim.lanes, Instant::now()) >= AWAKE_AFTER {
+                        self.doze.awake();
+                    }
                     if self.jobs.send(*job).is_err() {
                         return Ok(());
                     }
                     if !search.ready.is_empty() {
                         continue;
                     }
-                    // Its worker says when it has finished, and then we look again.
-                    self.poll_interval
+                    self.nap(&mut search)
                 }
                 Ok(Attempt::Missed) => {
                     trouble.over(&self.health);
                     continue;
+                }
+                Ok(Attempt::Elsewhere) => {
+                    trouble.over(&self.health);
+                    self.doze.awake();
+                    self.nap(&mut search)
+                }
+                Ok(Attempt::Nothing) if search.has_claims() => {
+                    trouble.over(&self.health);
+                    self.nap(&mut search)
                 }
                 Ok(Attempt::Nothing) => {
                     trouble.over(&self.health);
                     if search.claimed_since_rewind && search.rewind_after(REWIND_INTERVAL, Instant::now()) {
                         continue;
                     }
-                    self.rest(&search)
+                    self.rest(&mut search)
                 }
                 Err(error) => {
                     search.forget();
@@ -152,7 +167,7 @@ impl Claimer {
             self.heartbeat.idle();
             select! {
                 recv(stop) -> _ => return Ok(()),
-                recv(self.wake) -> _ => {}
+                recv(self.doze.wake_ups()) -> _ => {}
                 recv(self.free) -> finished => search.finished(&finished.unwrap_or_default()),
                 default(rest) => {}
             }
@@ -195,6 +210,7 @@ impl Claimer {
     /// Waits while an outage keeps the gate closed.
     fn await_gate(&self, stop: &Receiver<Infallible>) -> Next {
         while !self.publisher.lets_through() {
+            self.doze.awake();
             select! {
                 recv(stop) -> _ => return Next::Stop,
                 recv(self.publisher.gate_opened()) -> _ => {}
@@ -246,7 +262,7 @@ impl Claimer {
         let claim = opening.claim(&lanes, LANES, events, search.cursors.positions())?;
         search.put_back(&lanes, &claim.lanes, events);
         if claim.is_empty() {
-            return Ok(if search.ready.is_empty() { Attempt::Nothing } else { Attempt::Missed });
+            return Ok(if search.ready.is_empty() { Attempt::Elsewhere } else { Attempt::Missed });
         }
         if claim.server != search.server {
             // Also the first time. What was read with the cursors of another life is given back unpublished.
@@ -258,14 +274,21 @@ impl Claimer {
         Ok(Attempt::Claimed(Box::new(Job { claim, read_at: Boottime::now(), basis })))
     }
 
-    /// How long to rest when there is nothing to claim.
-    fn rest(&self, search: &Search) -> Duration {
-        if search.claimed.contains(&true) {
-            // A worker that finishes ends the rest.
+    /// How long to rest while our workers or another instance have claims, if no worker finishes before. New events
+    /// may come in lanes that nobody has, and while we do not sleep no writer tells us.
+    fn nap(&self, search: &mut Search) -> Duration {
+        if self.doze.covered() {
             return self.poll_interval;
         }
-        let longest =
-            if self.listening.load(Ordering::Relaxed) { self.fallback_interval } else { self.poll_interval };
+        search.nap = (search.nap * 2).clamp(NAP_MIN, self.poll_interval.max(NAP_MIN));
+        search.nap
+    }
+
+    /// How long to rest when there is nothing to claim. From here on writers wake us.
+    fn rest(&self, search: &mut Search) -> Duration {
+        search.awake_since = None;
+        self.doze.asleep();
+        let longest = if self.doze.covered() { self.fallback_interval } else { self.poll_interval };
         let longest = longest.min(search.next_rewind(Instant::now()).unwrap_or(longest));
         match self.store.outlook() {
             Ok(outlook) => {
@@ -298,6 +321,10 @@ struct Search {
     claimed: [bool; cursors::LANES],
     /// Workers that wait for a claim.
     idle_workers: usize,
+    /// The last nap.
+    nap: Duration,
+    /// Since when there was always something to claim.
+    awake_since: Option<Instant>,
     /// Where the next look begins.
     first_lane: i32,
     looked_at: Option<Instant>,
@@ -319,6 +346,8 @@ impl Search {
             ready: VecDeque::new(),
             claimed: [false; cursors::LANES],
             idle_workers: 0,
+            nap: Duration::ZERO,
+            awake_since: None,
             first_lane: fastrand::i32(0..LANES),
             looked_at: None,
             horizon_at: None,
@@ -434,14 +463,20 @@ impl Search {
         }
     }
 
-    /// A claim of these lanes went to a worker.
-    fn sent(&mut self, lanes: &[i32]) {
+    /// A claim of these lanes went to a worker; returns for how long there was always something to claim.
+    fn sent(&mut self, lanes: &[i32], now: Instant) -> Duration {
         self.idle_workers = self.idle_workers.saturating_sub(1);
         self.claimed_since_rewind = true;
         self.claimed_since_horizon = true;
         for &lane in lanes {
             self.set_claimed(lane, true);
         }
+        self.nap = Duration::ZERO;
+        now.saturating_duration_since(*self.awake_since.get_or_insert(now))
+    }
+
+    fn has_claims(&self) -> bool {
+        self.claimed.contains(&true)
     }
 
     fn is_claimed(&self, lane: i32) -> bool {

@@ -3,7 +3,7 @@
 //! ```text
 //!   wake-up ──wake──▸ claimer ──jobs──▸ worker-0..n ──▸ publisher (nats, writer) ──▸ NATS
 //!                        ▴                  │
-//!                        └───────free───────┘         janitor, http
+//!                        └───────free───────┘         janitor, sleep-lock, http
 //! ```
 //!
 //! Every channel is bounded. A thread that ends before it is told to, by error or panic, is a failure of the
@@ -33,7 +33,7 @@ use crate::publish::{Publish, Unanswered, Unsettled};
 use crate::publisher::Publisher;
 use crate::retry::Policy;
 use crate::store::{ClaimSettings, Store};
-use crate::wakeup::Wakeup;
+use crate::wakeup::{Doze, Sleeper, Wakeup};
 use crate::worker::{DrainCount, Worker};
 
 /// A thread that makes no progress for so long, beyond its configured waits, counts as stuck.
@@ -64,7 +64,7 @@ pub struct Service {
     draining: Arc<AtomicBool>,
     drain: Arc<DrainCount>,
     shutdown_grace: Duration,
-    /// Dropped to stop claimer, wake-up, janitor and keeper.
+    /// Dropped to stop claimer, wake-up, sleep lock, janitor and keeper.
     stop: Sender<Infallible>,
     /// Dropped last, to stop http.
     stop_http: Sender<Infallible>,
@@ -130,8 +130,7 @@ impl Service {
         let (working, workers_done) = bounded::<Infallible>(0);
         let (jobs, jobs_to_do) = bounded(workers);
         let (free, freed) = bounded(workers);
-        let (wake, woken) = bounded(1);
-        let listening = Arc::new(AtomicBool::new(false));
+        let doze = Doze::default();
         let draining = Arc::new(AtomicBool::new(false));
         let drain = Arc::new(DrainCount::default());
         let failed_settles = Arc::new(AtomicU32::new(0));
@@ -189,15 +188,22 @@ impl Service {
         }
         drop(working);
         if database.listen {
+            let (locks, new_locks) = bounded(1);
             let wakeup = Wakeup {
                 store: store.clone(),
                 dsn: database.listen_dsn,
-                wake: wake.clone(),
-                listening: listening.clone(),
+                doze: doze.clone(),
+                locks,
                 heartbeat: health.thread("wake-up", stuck),
             };
-            let stop = stopped.clone();
+            let sleeper = Sleeper {
+                locks: new_locks,
+                doze: doze.clone(),
+                heartbeat: health.thread("sleep-lock", stuck),
+            };
+            let (stop, stop_sleeper) = (stopped.clone(), stopped.clone());
             threads.spawn("wake-up", move || wakeup.run(&stop))?;
+            threads.spawn("sleep-lock", move || sleeper.run(&stop_sleeper))?;
         }
         let janitor = Janitor {
             store: store.clone(),
@@ -211,8 +217,7 @@ impl Service {
             publisher,
             jobs,
             free: freed,
-            wake: woken,
-            listening,
+            doze,
             failed_settles,
             batch_size: dispatcher.batch_size,
             poll_interval: dispatcher.poll_interval,
@@ -221,11 +226,7 @@ impl Service {
             heartbeat: health.thread("claimer", stuck),
             metrics: metrics.clone(),
         };
-        // The wake-up's sender lives as long as the claimer: without LISTEN its channel must stay silent, not end.
-        threads.spawn("claimer", move || {
-            let _wake = wake;
-            claimer.run(&stopped)
-        })?;
+        threads.spawn("claimer", move || claimer.run(&stopped))?;
         Ok(Service {
             health,
             metrics,

@@ -11,6 +11,8 @@
 //! once. A connection that has seen any error is closed, never pooled again: what state its transaction is
 //! in, nobody knows. Dropping a claim rolls it back.
 
+mod wake;
+
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::DerefMut;
@@ -19,7 +21,6 @@ use std::time::Duration;
 
 use log::debug;
 use postgres::config::{Host, SslMode};
-use postgres::fallible_iterator::FallibleIterator;
 // The name that `to_sql_checked!` itself has for what `ToSql` writes to.
 use postgres::types::private::BytesMut;
 use postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
@@ -32,6 +33,8 @@ use crate::config::{Database, Secret};
 use crate::cursors::{self, Reading, Writer};
 use crate::event::{Event, Outcome};
 use crate::failpoint;
+
+pub use self::wake::{Asked, Listener, SleepLock};
 
 /// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`.
 pub const LANES: i32 = 64;
@@ -272,25 +275,6 @@ impl Store {
     /// Where the server is, for messages: `db:5432`.
     pub fn address(&self) -> &str {
         &self.shared.address
-    }
-
-    /// A connection of its own, outside the pool, that LISTENs on `outbox_events`; to `dsn` if given (around
-    /// a transaction pooler, where LISTEN does not work), else to the store's own.
-    ///
-    /// # Errors
-    /// The DSN is malformed, or PostgreSQL is out of reach or refuses.
-    pub fn listener(&self, dsn: Option<&Secret>) -> Result<Listener, StoreError> {
-        let own = &self.shared.dsn;
-        let config = match dsn {
-            Some(dsn) => {
-                let name = own.get_application_name().unwrap_or_default();
-                connection_config(dsn, name.trim_start_matches("pg-outbox/"), self.shared.connect_timeout)?
-            }
-            None => own.clone(),
-        };
-        let mut client = connect(&config)?;
-        client.batch_execute("LISTEN outbox_events").map_err(|error| StoreError::from(&error))?;
-        Ok(Listener { client })
     }
 
     /// Brings the schema up to date over a connection of its own, which must not lead through a transaction
@@ -641,29 +625,6 @@ pub struct Settled {
     pub dead: u64,
     /// Not written, as the row was no longer pending: settled, buried or deleted by somebody else meanwhile.
     pub missed: u64,
-}
-
-/// A connection that hears when a transaction with new events commits.
-pub struct Listener {
-    client: Client,
-}
-
-impl Listener {
-    /// Waits until at least one notification has come, for `timeout` at most, and takes all that are there.
-    /// Returns whether there was one.
-    ///
-    /// # Errors
-    /// The connection was lost; the listener is of no further use.
-    pub fn wait(&mut self, timeout: Duration) -> Result<bool, StoreError> {
-        let lost = |error: postgres::Error| StoreError::from(&error);
-        let woken = self.client.notifications().timeout_iter(timeout).next().map_err(lost)?.is_some();
-        while self.client.notifications().iter().next().map_err(lost)?.is_some() {}
-        // A closed connection reads like one on which nothing happens.
-        if self.client.is_closed() {
-            return Err(StoreError::outage("the LISTEN connection was closed".into()));
-        }
-        Ok(woken)
-    }
 }
 
 /// Why PostgreSQL did not do something. Displays as `SQLSTATE: message (detail)` where it is the server's word.

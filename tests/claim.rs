@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use pg_outbox::config::{Database, Secret};
 use pg_outbox::cursors;
 use pg_outbox::event::{Event, Outcome};
-use pg_outbox::store::{CLAIM_PLANS, Claim, ClaimSettings, LANES, Settled, Store, StoreError};
+use pg_outbox::store::{Asked, CLAIM_PLANS, Claim, ClaimSettings, LANES, Settled, Store, StoreError};
 use postgres::Client;
 
 use crate::harness::{TestDb, database, wait_until};
@@ -700,8 +700,10 @@ fn the_pool_keeps_no_more_idle_connections_than_it_may() {
 fn a_listener_hears_of_committed_events() {
     let db = database();
     let store = store(&db);
-    let mut listener = store.listener(None).unwrap();
-    assert!(!listener.wait(Duration::from_millis(10)).unwrap());
+    let (mut listener, mut lock) = store.wake_up(None).unwrap();
+    db.event("order.placed", "k", "{}");
+    assert!(!listener.wait(Duration::from_millis(10)).unwrap(), "nobody sleeps");
+    assert_eq!(lock.ask().unwrap(), Asked::Granted);
     db.events("order.placed", 10, 1);
     db.events("order.placed", 10, 1);
     assert!(listener.wait(LIMIT).unwrap());
@@ -715,9 +717,12 @@ fn a_listener_hears_of_committed_events() {
     let error = listener.wait(LIMIT).unwrap_err();
     assert!(error.is_outage(), "{error}");
     // One of its own DSN, as around a pooler.
-    let mut other = store.listener(Some(&Secret::new(db.dsn.clone()))).unwrap();
+    let (mut other, mut its_lock) = store.wake_up(Some(&Secret::new(db.dsn.clone()))).unwrap();
+    assert_eq!(its_lock.ask().unwrap(), Asked::Taken);
     db.event("order.placed", "k", "{}");
-    assert!(other.wait(LIMIT).unwrap());
+    assert!(other.wait(LIMIT).unwrap(), "one that sleeps is enough for all");
+    lock.let_go().unwrap();
+    assert_eq!(its_lock.ask().unwrap(), Asked::Granted);
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn check_database(config: &Config, report: &mut Report) {
         Err(error) => report.line("schema", Err(error.to_string())),
     }
     if config.database.listen {
-        match store.listener(config.database.listen_dsn.as_ref()) {
+        match store.wake_up(config.database.listen_dsn.as_ref()) {
             Ok(_) => report.line("wake-up", Ok("LISTEN works".into())),
             Err(error) => {
                 report.line("wake-up", Err(format!("{error}; set database.listen: false to poll instead")));

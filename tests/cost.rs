@@ -1,0 +1,84 @@
+//! What an event costs the database, in numbers that do not depend on the machine: statements, round trips, WAL.
+//! Should one of these fail after a change that is worth it, change the number; they are here so that nobody makes
+//! it slower without noticing.
+
+use std::thread;
+use std::time::Duration;
+
+use pg_outbox::sandbox::{Postgres, PostgresOptions};
+
+use super::harness::{Config, Daemon, TestDb, stream, wait_until};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const EVENTS: i64 = 20_000;
+const BATCH: i64 = 500;
+
+/// A server that counts statements, and does nothing of its own meanwhile.
+fn counting_postgres() -> Postgres {
+    let settings = [
+        "shared_preload_libraries=pg_stat_statements",
+        "pg_stat_statements.track_utility=on",
+        "autovacuum=off",
+        "full_page_writes=off",
+        "wal_writer_delay=10s",
+    ];
+    let settings = settings.map(str::to_owned).to_vec();
+    Postgres::start(&PostgresOptions { fsync: false, settings, ..PostgresOptions::default() })
+        .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+fn counted(postgres: &Postgres) -> TestDb {
+    let db = TestDb::on(postgres);
+    db.execute("CREATE EXTENSION pg_stat_statements");
+    db
+}
+
+/// Statements that others than the test sent to this database since they were counted last.
+fn statements(db: &TestDb) -> i64 {
+    let sum = db.number(
+        "SELECT coalesce(sum(calls), 0)::int8 FROM pg_stat_statements
+          WHERE toplevel AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND query !~ 'pg_stat_statements|count.*FROM outboxes WHERE published_at IS NU?L?L?'",
+    );
+    db.execute("SELECT pg_stat_statements_reset()");
+    sum
+}
+
+#[test]
+fn a_drain_costs_what_it_should() {
+    let (postgres, stream) = (counting_postgres(), stream());
+    let db = counted(&postgres);
+    db.events("order.placed", EVENTS, 1_000);
+    statements(&db);
+    let wal = || db.number("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::int8");
+    let before = wal();
+    let daemon = Daemon::start(
+        &Config::new(&db, &stream).set("dispatcher.batch_size", BATCH).set("dispatcher.workers", 1),
+    );
+    wait_until("nothing is pending", LIMIT, &[&daemon, &db], || {
+        daemon.metric("outbox_events_published_total") == EVENTS as f64
+    });
+    let (wal, statements) = (wal() - before, statements(&db));
+    let claims = EVENTS / BATCH;
+    println!("statements: {statements} for {claims} claims; WAL: {} B an event", wal / EVENTS);
+    // BEGIN, settings, lock, read, settle, COMMIT; looks, gauges and the horizon are a few a second.
+    assert!(statements < claims * 6 + 150, "{statements} statements for {claims} claims");
+    assert!(wal / EVENTS < 450, "{} B of WAL an event", wal / EVENTS);
+}
+
+#[test]
+fn an_idle_daemon_leaves_the_database_alone() {
+    let (postgres, stream) = (counting_postgres(), stream());
+    let db = counted(&postgres);
+    db.events("order.placed", 1_000, 100);
+    let daemon = Daemon::start(&Config::new(&db, &stream));
+    wait_until("nothing is pending", LIMIT, &[&daemon, &db], || db.pending() == 0);
+    // What follows the last event: the look from the beginning, the sleep lock.
+    thread::sleep(Duration::from_secs(3));
+    statements(&db);
+    let seconds = 10;
+    thread::sleep(Duration::from_secs(seconds));
+    let statements = statements(&db);
+    println!("{statements} statements in {seconds} s");
+    assert!(statements < 3 * i64::try_from(seconds).unwrap(), "{statements} statements in {seconds} s");
+}
