@@ -25,6 +25,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 use crate::boottime::Boottime;
 use crate::cursors::{self, Basis, Cursors};
 use crate::health::{Health, Heartbeat, Part};
+use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;
 use crate::store::{Found, LANES, ServerLife, Store, StoreError};
@@ -60,8 +61,8 @@ pub struct Claimer {
     pub doze: Doze,
     /// Settles that failed since the last one that did not.
     pub failed_settles: Arc<AtomicU32>,
-    /// Events of one claim at most.
-    pub batch_size: usize,
+    /// How many events a claim may have, taken anew for each.
+    pub live: Live,
     /// Rest without wake-ups.
     pub poll_interval: Duration,
     /// Rest with wake-ups.
@@ -258,7 +259,7 @@ impl Claimer {
             return Ok(Attempt::Nothing);
         }
         let basis = search.cursors.basis();
-        let events = i32::try_from(self.batch_size).unwrap_or(i32::MAX);
+        let events = i32::try_from(self.live.now().batch_size).unwrap_or(i32::MAX);
         let claim = opening.claim(&lanes, LANES, events, search.cursors.positions())?;
         search.put_back(&lanes, &claim.lanes, events);
         if claim.is_empty() {

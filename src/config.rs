@@ -6,8 +6,10 @@
 //! file and at no server; whether those agree is for `pg-outbox check` and for the connections to find out.
 //! Secrets are kept in [`Secret`] and occur in no message. `config/yaml.rs` turns text into nodes that know
 //! their lines, `config/reading.rs` takes the keys out and gathers the problems, `config/values.rs` says what
-//! each kind of value may be; the keys, their defaults, ranges and mutual limits are in this file.
+//! each kind of value may be, `config/changes.rs` what a reload may change; the keys, their defaults, ranges
+//! and mutual limits are in this file.
 
+mod changes;
 mod reading;
 mod values;
 mod yaml;
@@ -21,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::topic_map::TopicMap;
+pub use changes::Changes;
 use reading::{Reading, Section};
 use values::{Login, NatsUrls};
 
@@ -62,7 +65,7 @@ impl fmt::Display for Secret {
 }
 
 /// Everything the service needs to know, with defaults filled in and checked.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// `dispatcher`: how events are claimed and tried.
     pub dispatcher: Dispatcher,
@@ -129,7 +132,7 @@ impl Config {
 }
 
 /// How events are claimed and tried.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dispatcher {
     /// Name of this instance: `application_name`, the `Outbox-Instance` header, logs. 1 to 63 printable ASCII
     /// characters; two instances may share one, but logs and `pg_stat_activity` are then hard to read.
@@ -159,7 +162,7 @@ pub struct Dispatcher {
 }
 
 /// Order of the events of a key.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ordering {
     /// false gives up order per key for speed. Default true.
     pub enabled: bool,
@@ -177,7 +180,7 @@ pub enum OnDead {
 }
 
 /// How PostgreSQL is reached.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Database {
     /// Connection string, URL or key=value; here it only looks like one. Required (or `DATABASE_DSN`).
     pub dsn: Secret,
@@ -196,7 +199,7 @@ pub struct Database {
 }
 
 /// How NATS is reached, and what events become there.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nats {
     /// Servers, at least one: `nats://host:4222` or `tls://host:4222`, the port optional, without userinfo (that
     /// is in `auth`). Written as `url`: one, several with commas between, or a list. Default nats://localhost:4222.
@@ -220,7 +223,7 @@ pub struct Nats {
 }
 
 /// How we authenticate to NATS.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NatsAuth {
     /// Not at all.
     None,
@@ -233,7 +236,7 @@ pub enum NatsAuth {
 }
 
 /// The stream, and how to create it. What follows `create` has no effect without `create`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JetStream {
     /// false: core NATS. Default true.
     pub enabled: bool,
@@ -263,7 +266,7 @@ pub enum Storage {
 }
 
 /// What is logged.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Logging {
     /// Level: error, warn, info, debug or trace. Default info.
     pub level: log::LevelFilter,
@@ -281,7 +284,7 @@ pub enum LogFormat {
 }
 
 /// The HTTP server: probes, metrics, status.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metrics {
     /// false: no HTTP server. Default true.
     pub enabled: bool,

@@ -27,12 +27,12 @@ use crate::answer::{Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
-use crate::headers::HeaderPolicy;
+use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::order::Order;
 use crate::publisher::{Heard, NotSent, Outgoing, ProbeFailure, Publisher, Session};
-use crate::retry::{self, Failure, Policy};
-use crate::topic_map::{self, TopicMap};
+use crate::retry::{self, Failure};
+use crate::topic_map;
 
 /// Unacknowledged events of all workers together. A stream's leader refuses more than 10,000 waiting messages
 /// (nats-server 2.11, `max_buffered_msgs`), and half of that already hides every round trip.
@@ -55,12 +55,8 @@ const UNANSWERED_MAX: usize = 10_000;
 pub struct Publish {
     /// The connection.
     pub publisher: Publisher,
-    /// Topics to subjects.
-    pub topic_map: TopicMap,
-    /// How headers are made.
-    pub headers: HeaderPolicy,
-    /// When events are retried and when they die.
-    pub policy: Policy,
+    /// Topic map, headers and limits, taken anew for each claim.
+    pub live: Live,
     /// Whether the events of a key keep their order.
     pub ordered: bool,
     /// JetStream or core NATS.
@@ -167,7 +163,8 @@ impl Publish {
                 return untouched();
             }
         };
-        let mut flight = Flight::new(self, &session, events, budget);
+        let live = self.live.now();
+        let mut flight = Flight::new(self, &live, &session, events, budget);
         if self.jetstream {
             flight.fly();
         } else {
@@ -179,12 +176,13 @@ impl Publish {
     /// Makes a message of an event, or says why it can never be one.
     fn prepare(
         &self,
+        live: &Settings,
         event: &Arc<Event>,
         max_payload: usize,
         facts: Option<&StreamFacts>,
     ) -> Result<Outgoing, Failure> {
         let hopeless = |error: String| Err(Failure::Hopeless { error });
-        let subject = self.topic_map.subject(&event.topic);
+        let subject = live.topic_map.subject(&event.topic);
         if let Err(reason) = topic_map::is_literal_subject(&subject) {
             return hopeless(format!("subject {subject:?} cannot be published to: {reason}"));
         }
@@ -194,7 +192,7 @@ impl Publish {
                 "subject {subject:?} is reserved for NATS itself: map the topic elsewhere"
             ));
         }
-        let headers = self.headers.build(event);
+        let headers = live.headers.build(event);
         if headers.altered.count > 0 {
             self.metrics.headers_altered(1);
             log::warn!("metadata changed: event={} seq={} {}", event.id, event.seq, headers.altered);
@@ -229,6 +227,7 @@ impl Publish {
 /// One claim on its way through one session.
 struct Flight<'a> {
     publish: &'a Publish,
+    live: &'a Settings,
     session: &'a Session,
     events: &'a [Arc<Event>],
     budget: Boottime,
@@ -277,6 +276,7 @@ impl Run {
 impl<'a> Flight<'a> {
     fn new(
         publish: &'a Publish,
+        live: &'a Settings,
         session: &'a Session,
         events: &'a [Arc<Event>],
         budget: Boottime,
@@ -288,6 +288,7 @@ impl<'a> Flight<'a> {
         };
         Flight {
             publish,
+            live,
             session,
             events,
             budget,
@@ -405,7 +406,7 @@ impl<'a> Flight<'a> {
         let messages: Result<Vec<Outgoing>, Failure> = run
             .events
             .iter()
-            .map(|&index| self.publish.prepare(&self.events[index], max_payload, facts))
+            .map(|&index| self.publish.prepare(self.live, &self.events[index], max_payload, facts))
             .collect();
         let Ok(mut messages) = messages else {
             self.send_singly(run);
@@ -438,7 +439,7 @@ impl<'a> Flight<'a> {
     /// The message of an event; `None` when the event can never be one, which is then its outcome.
     fn prepare(&mut self, index: usize) -> Option<Outgoing> {
         let max_payload = self.session.max_payload();
-        match self.publish.prepare(&self.events[index], max_payload, self.facts.as_deref()) {
+        match self.publish.prepare(self.live, &self.events[index], max_payload, self.facts.as_deref()) {
             Ok(message) => Some(message),
             Err(failure) => {
                 self.fail(index, &failure);
@@ -502,7 +503,7 @@ impl<'a> Flight<'a> {
 
     /// The server denied `subject`: every event in flight to it is rejected.
     fn denied(&mut self, subject: &str) {
-        let is_denied = |&index: &usize| self.publish.topic_map.subject(&self.events[index].topic) == subject;
+        let is_denied = |&index: &usize| self.live.topic_map.subject(&self.events[index].topic) == subject;
         let denied = |run: &Run| run.events.iter().any(is_denied);
         let tokens: Vec<u64> =
             self.in_flight.iter().filter(|(_, run)| denied(run)).map(|(&token, _)| token).collect();
@@ -581,7 +582,7 @@ impl<'a> Flight<'a> {
                 "no ack within {}s though server and stream answer: is the stream's no_ack set, \
                  or does another stream take {}?",
                 self.publish.ack_timeout.as_secs_f64(),
-                self.publish.topic_map.subject(&event.topic)
+                self.live.topic_map.subject(&event.topic)
             ),
             repeats: self.publish.unanswered.again(event.id),
         };
@@ -593,7 +594,7 @@ impl<'a> Flight<'a> {
     }
 
     fn nobody_takes(&mut self, index: usize, facts: &StreamFacts) {
-        let subject = self.publish.topic_map.subject(&self.events[index].topic);
+        let subject = self.live.topic_map.subject(&self.events[index].topic);
         let stream = &self.publish.stream;
         if facts.takes(&subject) {
             self.outage.get_or_insert(format!(
@@ -699,7 +700,7 @@ impl<'a> Flight<'a> {
     fn settle_round(&mut self, round: &[Vec<usize>], denied: &[String]) {
         for run in round {
             let (Some(&first), Some(&last)) = (run.first(), run.last()) else { continue };
-            let subject = self.publish.topic_map.subject(&self.events[first].topic);
+            let subject = self.live.topic_map.subject(&self.events[first].topic);
             if denied.iter().any(|denied| *denied == subject) {
                 self.fail(first, &denial(&subject));
                 continue;
@@ -718,9 +719,9 @@ impl<'a> Flight<'a> {
     /// Decides and logs what becomes of an event that failed.
     fn fail(&mut self, index: usize, failure: &Failure) {
         let event = &self.events[index];
-        let policy = &self.publish.policy;
+        let policy = &self.live.policy;
         let outcome = retry::decide(failure, event.attempts, policy, fastrand::f64());
-        let subject = self.publish.topic_map.subject(&event.topic);
+        let subject = self.live.topic_map.subject(&event.topic);
         let which = format!("event={} seq={} topic={} subject={subject}", event.id, event.seq, event.topic);
         let max = policy.max_attempts;
         match &outcome {

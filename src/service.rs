@@ -23,15 +23,14 @@ use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::claimer::Claimer;
-use crate::config::{Config, OnDead};
-use crate::headers::HeaderPolicy;
+use crate::config::{Changes, Config, OnDead};
 use crate::health::Health;
 use crate::http::Http;
 use crate::janitor::Janitor;
+use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Unanswered, Unsettled};
 use crate::publisher::Publisher;
-use crate::retry::Policy;
 use crate::store::{ClaimSettings, Store};
 use crate::wakeup::{Doze, Sleeper, Wakeup};
 use crate::worker::{DrainCount, Worker};
@@ -59,6 +58,10 @@ const IDLE_IN_TRANSACTION_SPARE: Duration = Duration::from_secs(15);
 /// # }
 /// ```
 pub struct Service {
+    /// What is in force.
+    config: Config,
+    live: Live,
+    store: Store,
     health: Health,
     metrics: Metrics,
     draining: Arc<AtomicBool>,
@@ -102,7 +105,8 @@ impl Service {
     pub fn start(config: Config) -> Result<Service> {
         let health = Health::default();
         let metrics = Metrics::new();
-        let Config { dispatcher, ordering, database, nats, metrics: http, logging: _ } = config;
+        let Config { dispatcher, ordering, database, nats, metrics: http, logging: _ } = config.clone();
+        let live = Live::new(Settings::of(&config));
         let workers = dispatcher.workers;
         // A claim sends, waits for the last ack, and may probe twice as long again.
         let longest_claim = dispatcher.claim_budget + 3 * nats.ack_timeout;
@@ -138,17 +142,7 @@ impl Service {
             Publisher::new(nats.clone(), &dispatcher.instance_id, workers, health.clone(), metrics.clone());
         let publish = Arc::new(Publish {
             publisher: publisher.clone(),
-            topic_map: nats.topic_map,
-            headers: HeaderPolicy {
-                instance: dispatcher.instance_id,
-                stream: nats.jetstream.enabled.then(|| nats.jetstream.stream_name.clone()),
-                allow: nats.allow_headers,
-            },
-            policy: Policy {
-                max_attempts: dispatcher.max_attempts,
-                backoff_initial: dispatcher.backoff_initial,
-                backoff_max: dispatcher.backoff_max,
-            },
+            live: live.clone(),
             ordered: ordering.enabled,
             jetstream: nats.jetstream.enabled,
             stream: nats.jetstream.stream_name,
@@ -212,6 +206,7 @@ impl Service {
         };
         let stop_janitor = stopped.clone();
         threads.spawn("janitor", move || janitor.run(&stop_janitor))?;
+        let service_store = store.clone();
         let claimer = Claimer {
             store,
             publisher,
@@ -219,7 +214,7 @@ impl Service {
             free: freed,
             doze,
             failed_settles,
-            batch_size: dispatcher.batch_size,
+            live: live.clone(),
             poll_interval: dispatcher.poll_interval,
             fallback_interval: dispatcher.fallback_interval,
             health: health.clone(),
@@ -228,6 +223,9 @@ impl Service {
         };
         threads.spawn("claimer", move || claimer.run(&stopped))?;
         Ok(Service {
+            config,
+            live,
+            store: service_store,
             health,
             metrics,
             draining,
@@ -238,6 +236,18 @@ impl Service {
             workers_done,
             threads,
         })
+    }
+
+    /// Puts in force what can change while running, from the next claim on, and says what that is and what
+    /// takes a restart: topic map, allowed headers, batch size, attempts and backoff change. The level of the log
+    /// is compared as well, but it belongs to the whole process: who started logging sets it.
+    ///
+    /// Cannot fail: a `Config` is valid, so a bad file never comes here.
+    pub fn reload(&mut self, config: &Config) -> Changes {
+        let changes = self.config.take_live(config);
+        self.store.allow_backoff(self.config.dispatcher.backoff_max);
+        self.live.set(Settings::of(&self.config));
+        changes
     }
 
     /// What the probes show.

@@ -17,6 +17,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::DerefMut;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use log::debug;
@@ -99,6 +100,8 @@ struct Shared {
     connect_timeout: Duration,
     max_idle: u32,
     settings: ClaimSettings,
+    /// Starts as `settings.backoff_max`, and only grows.
+    backoff_max_ms: AtomicI64,
     /// Begins a claim's transaction, with its settings, in one round trip.
     begin_claim: String,
 }
@@ -169,6 +172,7 @@ impl Store {
             dsn,
             connect_timeout: database.connect_timeout,
             max_idle: database.max_idle,
+            backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
             begin_claim: begin_claim(&settings),
             settings,
         };
@@ -199,12 +203,19 @@ impl Store {
         Ok(Some(Reading { last_seq, writers: writers.into_iter().collect() }))
     }
 
+    /// Backoffs are now up to `longest`. What counts as further off than any backoff follows a longer one, or
+    /// its retries would be due at once; after a shorter one it stays, as waits of the former length are still
+    /// on their way.
+    pub fn allow_backoff(&self, longest: Duration) {
+        self.shared.backoff_max_ms.fetch_max(milliseconds(longest), Ordering::Relaxed);
+    }
+
     /// What an empty claim may be waiting for.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn outlook(&self) -> Result<Outlook, StoreError> {
-        let backoff_max_ms = milliseconds(self.shared.settings.backoff_max);
+        let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
         let rows = self.read(STATEMENT_TIMEOUT, &OUTLOOK, &[&backoff_max_ms])?;
         let (due_ms, claims_open): (Option<i64>, bool) =
             first(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
@@ -386,16 +397,11 @@ impl Opening {
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn find(&mut self, lanes: &[i32], cursors: &[i64; cursors::LANES]) -> Result<Vec<Found>, StoreError> {
-        let ClaimSettings { ordered, block_on_dead, backoff_max, .. } = self.shared.settings;
+        let ClaimSettings { ordered, block_on_dead, .. } = self.shared.settings;
+        let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
         let rows = self.transaction.query(
             &FIND_LANES,
-            &[
-                &lanes,
-                &positions(lanes, cursors),
-                &ordered,
-                &(ordered && block_on_dead),
-                &milliseconds(backoff_max),
-            ],
+            &[&lanes, &positions(lanes, cursors), &ordered, &(ordered && block_on_dead), &backoff_max_ms],
         )?;
         read_all(&rows, |row| {
             Ok(Found { lane: row.try_get(0)?, claimable: row.try_get(1)?, settled: row.try_get(2)? })
@@ -415,7 +421,8 @@ impl Opening {
         max_events: i32,
         cursors: &[i64; cursors::LANES],
     ) -> Result<Claim, StoreError> {
-        let ClaimSettings { ordered, block_on_dead, backoff_max, max_claim_bytes, .. } = self.shared.settings;
+        let ClaimSettings { ordered, block_on_dead, max_claim_bytes, .. } = self.shared.settings;
+        let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
         let max_events = max_events.max(1);
         let max_lanes = max_lanes.clamp(1, LANES.min(max_events));
         let mut claim = Claim {
@@ -438,7 +445,7 @@ impl Opening {
                 &max_events,
                 &ordered,
                 &(ordered && block_on_dead),
-                &milliseconds(backoff_max),
+                &backoff_max_ms,
                 &max_claim_bytes,
                 &from,
             ],

@@ -1,4 +1,4 @@
-//! What we tell systemd: ready, stopping, a status line, and that we are alive.
+//! What we tell systemd: ready, reloading, stopping, a status line, and that we are alive.
 //!
 //! The protocol is one datagram a message to the socket named by `NOTIFY_SOCKET` (sd_notify(3)); without that
 //! variable every method does nothing. Used by main and the service's supervision. A message never blocks for
@@ -15,6 +15,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
 use log::{error, warn};
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::health::Verdict;
 
@@ -47,6 +48,14 @@ impl Systemd {
     /// The service is up. `Type=notify` units count as started from here on.
     pub fn ready(&self) {
         self.send("READY=1");
+    }
+
+    /// The configuration is being read again; [`ready`](Systemd::ready) says when that is over, well or not. The
+    /// time lets `Type=notify-reload` tell this reload from one that was under way when it asked (sd_notify(3)).
+    pub fn reloading(&self) {
+        let now = clock_gettime(ClockId::Monotonic);
+        let usec = now.tv_sec * 1_000_000 + i64::from(now.tv_nsec) / 1_000;
+        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={usec}"));
     }
 
     /// The drain begins.

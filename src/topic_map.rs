@@ -22,7 +22,7 @@ use std::fmt;
 pub const MAX_SUBJECT_BYTES: usize = 2_000;
 
 /// Topics to subjects, checked and ready for lookups.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TopicMap {
     exact: HashMap<String, String>,
     /// Most specific first: the first match wins.
@@ -103,7 +103,7 @@ impl TopicMap {
 }
 
 /// A pattern with at least one wildcard, and where its matches go.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Pattern {
     tokens: Vec<Token>,
     target: Vec<Part>,
@@ -119,7 +119,7 @@ enum Token {
 }
 
 /// A token of a target.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Part {
     Literal(String),
     /// The topic's token at this index.

@@ -19,6 +19,7 @@ mod harness_test;
 mod http;
 mod outages;
 mod rejections;
+mod reload;
 mod sandbox;
 mod schema;
 mod wakeup;

@@ -128,9 +128,8 @@ fn collect_keys(node: &Node, path: &str, known: &BTreeSet<String>, found: &mut B
     }
 }
 
-#[test]
-fn every_key_has_its_effect() {
-    let text = r#"
+/// Every key with a value that is not its default.
+const EVERY_KEY: &str = r#"
 dispatcher:
   instance_id: two words
   batch_size: 7
@@ -171,10 +170,13 @@ nats:
     replicas: 5
     duplicate_window: 1h
   topic_map: { "a.*": b.* }
-logging: { level: TRACE, format: plain }
+logging: { level: TRACE, format: json }
 metrics: { enabled: false, address: "::1", port: 0, path: /m/x }
 "#;
-    let Config { dispatcher, ordering, database, nats, logging, metrics } = parse(text).unwrap();
+
+#[test]
+fn every_key_has_its_effect() {
+    let Config { dispatcher, ordering, database, nats, logging, metrics } = parse(EVERY_KEY).unwrap();
     let ms = Duration::from_millis;
     assert_eq!(dispatcher.instance_id, "two words");
     assert_eq!((dispatcher.batch_size, dispatcher.max_attempts, dispatcher.workers), (7, 8, 64));
@@ -201,15 +203,46 @@ metrics: { enabled: false, address: "::1", port: 0, path: /m/x }
     assert!(!jetstream.atomic_batches);
     assert_eq!(jetstream.subjects, ["app.>", "*.b"]);
     assert_eq!((jetstream.storage, jetstream.duplicate_window), (Storage::Memory, ms(3_600_000)));
-    assert_eq!((logging.level, logging.format), (log::LevelFilter::Trace, LogFormat::Text));
+    assert_eq!((logging.level, logging.format), (log::LevelFilter::Trace, LogFormat::Json));
     assert_eq!((metrics.enabled, metrics.port, metrics.path.as_str()), (false, 0, "/m/x"));
     assert_eq!(metrics.address, "::1".parse::<IpAddr>().unwrap());
 }
 
 #[test]
+fn every_key_changes_live_or_takes_a_restart() {
+    let mut config = parse(DSN).unwrap();
+    let new = parse(EVERY_KEY).unwrap();
+    let first = config.take_live(&new);
+    assert_eq!(
+        first.applied,
+        [
+            "dispatcher.batch_size",
+            "dispatcher.max_attempts",
+            "dispatcher.backoff_initial",
+            "dispatcher.backoff_max",
+            "nats.allow_headers",
+            "nats.topic_map",
+            "logging.level"
+        ]
+    );
+    assert_eq!(config.nats.topic_map, new.nats.topic_map);
+    assert_eq!(config.dispatcher.workers, 5, "what takes a restart stays as it was");
+    assert_eq!(config.take_live(&new), Changes { applied: Vec::new(), ..first.clone() });
+
+    let mut reading = Reading::new(&|_| None);
+    Config::read(&mut reading, &yaml::parse(EVERY_KEY).unwrap());
+    let credentials = ["nats.user", "nats.password", "nats.token", "nats.credentials_file"];
+    let mut known: BTreeSet<String> = reading.known_keys().into_iter().collect();
+    known.retain(|key| !credentials.contains(&key.as_str()));
+    known.insert("nats credentials".to_owned());
+    let named = first.applied.iter().chain(&first.need_restart).map(ToString::to_string);
+    assert_eq!(named.collect::<BTreeSet<_>>(), known);
+}
+
+#[test]
 fn the_environment_wins_over_the_file_unless_it_is_empty() {
     let text = format!(
-        "{DSN}dispatcher: {{ instance_id: f }}\nnats: {{ url: 'nats://f' }}\nlogging: {{ level: warn }}"
+        "{DSN}dispatcher: {{ instance_id: f }}\nnats: {{ url: 'nats://f' }}\nlogging: {{ level: warn, format: plain }}"
     );
     let all = [
         ("DATABASE_DSN", "host=e"),
@@ -228,6 +261,7 @@ fn the_environment_wins_over_the_file_unless_it_is_empty() {
     assert_eq!(config.nats.servers, ["nats://f"]);
     assert_eq!(config.dispatcher.instance_id, "f");
     assert_eq!(config.logging.level, log::LevelFilter::Warn);
+    assert_eq!(config.logging.format, LogFormat::Text);
 
     // What the environment replaces need not be right, or be there.
     assert!(parse_with("database: { dsn: '' }", &all).is_ok());

@@ -152,6 +152,16 @@ impl Daemon {
         wait_until("the daemon is ready", Duration::from_secs(20), &[self], || self.get("/ready").0 == 200);
     }
 
+    /// Its config file.
+    pub fn config(&self) -> PathBuf {
+        self.folder.join("config.yaml")
+    }
+
+    /// Replaces its config file, which it reads again when told to.
+    pub fn write_config(&self, config: &Config) {
+        fs::write(self.config(), config.yaml()).unwrap();
+    }
+
     /// Sends SIGTERM.
     pub fn term(&self) {
         self.signal(Signal::TERM);
