@@ -3,14 +3,15 @@
 //! [`Config::load`] reads a YAML file and four environment variables once, at start, on the main thread, and
 //! returns either a configuration in which every value is present, checked and fits the others, or all
 //! problems at once, each with its line. Nothing but the connection string is required. It looks at no other
-//! file and at no server; whether those agree is for `pg-outbox check` and for the connections to find out.
-//! Secrets are kept in [`Secret`] and occur in no message. `config/yaml.rs` turns text into nodes that know
+//! file but those in which secrets stand, and at no server; whether those agree is for `pg-outbox check` and for
+//! the connections to find out. Secrets are kept in [`Secret`] and occur in no message. `config/yaml.rs` turns text into nodes that know
 //! their lines, `config/reading.rs` takes the keys out and gathers the problems, `config/values.rs` says what
-//! each kind of value may be, `config/changes.rs` what a reload may change; the keys, their defaults, ranges
-//! and mutual limits are in this file.
+//! each kind of value may be, `config/secrets.rs` reads the ones that stand elsewhere, `config/changes.rs` says
+//! what a reload may change; the keys, their defaults, ranges and mutual limits are in this file.
 
 mod changes;
 mod reading;
+mod secrets;
 mod values;
 mod yaml;
 
@@ -159,6 +160,9 @@ pub struct Dispatcher {
     pub backoff_initial: Duration,
     /// Longest wait between attempts, 10ms to 1day; at least `backoff_initial`. Default 5m.
     pub backoff_max: Duration,
+    /// A thread without progress for so long, beyond the waits of a claim and for a connection, counts as stuck:
+    /// `/health` fails and the watchdog goes hungry. 1s to 1h. Default 2m.
+    pub stuck_after: Duration,
 }
 
 /// Order of the events of a key.
@@ -358,6 +362,7 @@ fn dispatcher(reading: &mut Reading<'_>, root: &Section<'_>) -> Dispatcher {
         max_in_flight_bytes: value.of("max_in_flight_bytes", 64 << 20, size(64 << 10..=64 << 30)),
         backoff_initial: value.of("backoff_initial", SECOND, duration(up_to(DAY))),
         backoff_max: value.of("backoff_max", 5 * MINUTE, duration(up_to(DAY))),
+        stuck_after: value.of("stuck_after", 2 * MINUTE, duration(SECOND..=HOUR)),
     }
 }
 
@@ -376,7 +381,7 @@ fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
     use values::{boolean, count, dsn, duration, optional_dsn};
     let section = reading.section(root, "database");
     let mut value = Keys { reading, section: &section };
-    let dsn = value.of("dsn", Secret::new(""), dsn);
+    let dsn = value.secret("dsn", Secret::new(""), dsn);
     let max_connections = value.of("max_connections", 20, count(1..=1_000));
     let database = Database {
         dsn,
@@ -384,7 +389,7 @@ fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
         max_idle: value.of("max_idle", max_connections.min(10), count(0..=1_000)),
         connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
         listen: value.of("listen", true, boolean),
-        listen_dsn: value.of("listen_dsn", None, optional_dsn),
+        listen_dsn: value.secret("listen_dsn", None, optional_dsn),
         synchronous_commit: value.of("synchronous_commit", false, boolean),
     };
     if !reading.is_given("database.dsn") {
@@ -400,13 +405,13 @@ fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
     let jetstream = jetstream(reading, &section);
     let mut value = Keys { reading, section: &section };
     let localhost = NatsUrls { servers: vec!["nats://localhost:4222".to_owned()], login: None };
-    let urls = value.of("url", localhost, nats_urls);
+    let urls = value.secret("url", localhost, nats_urls);
     let logins = Logins {
         in_url: urls.login,
-        user: value.of("user", None, user),
-        password: value.of("password", None, secret),
-        token: value.of("token", None, secret),
-        credentials_file: value.of("credentials_file", None, file),
+        user: value.secret("user", None, user),
+        password: value.secret("password", None, secret),
+        token: value.secret("token", None, secret),
+        credentials_file: value.path("credentials_file", file),
     };
     Nats {
         servers: urls.servers,
@@ -477,6 +482,27 @@ impl Keys<'_, '_, '_> {
         parse: impl FnOnce(&yaml::Node) -> Result<T, E>,
     ) -> T {
         self.reading.value(self.section, name, default, parse)
+    }
+
+    /// The same for a value that may stand elsewhere: in a file, or among systemd's credentials.
+    fn secret<T, E: Into<reading::Faults>>(
+        &mut self,
+        name: &str,
+        default: T,
+        parse: impl FnOnce(&yaml::Node) -> Result<T, E>,
+    ) -> T {
+        let environment = self.reading.environment();
+        self.of(name, default, |node| secrets::read(node, environment, parse))
+    }
+
+    /// The same for a file's path, which may be that of a credential.
+    fn path(
+        &mut self,
+        name: &str,
+        parse: impl FnOnce(&yaml::Node) -> Result<Option<PathBuf>, String>,
+    ) -> Option<PathBuf> {
+        let environment = self.reading.environment();
+        self.of(name, None, |node| secrets::path(node, environment, parse))
     }
 }
 

@@ -35,8 +35,6 @@ use crate::store::{ClaimSettings, Store};
 use crate::wakeup::{Doze, Sleeper, Wakeup};
 use crate::worker::{DrainCount, Worker};
 
-/// A thread that makes no progress for so long, beyond its configured waits, counts as stuck.
-const STUCK: Duration = Duration::from_secs(120);
 /// Spare time between the end of a claim's waits and the database ending its transaction.
 const IDLE_IN_TRANSACTION_SPARE: Duration = Duration::from_secs(15);
 
@@ -111,7 +109,7 @@ impl Service {
         // A claim sends, waits for the last ack, and may probe twice as long again.
         let longest_claim = dispatcher.claim_budget + 3 * nats.ack_timeout;
         // Between two beats a thread may also wait for a connection, and once more right after.
-        let stuck = longest_claim + 2 * database.connect_timeout + STUCK;
+        let stuck = longest_claim + 2 * database.connect_timeout + dispatcher.stuck_after;
         let store = Store::new(
             &database,
             &dispatcher.instance_id,

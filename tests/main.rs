@@ -23,3 +23,4 @@ mod reload;
 mod sandbox;
 mod schema;
 mod wakeup;
+mod systemd;

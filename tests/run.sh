@@ -29,8 +29,14 @@ fetch_current_nats_server() {
     export PG_OUTBOX_NATS_SERVER_CURRENT=$PWD/$program
 }
 
+# systemd-analyze judges the units.
+install_missing_tools() {
+    command -v systemd-analyze > /dev/null || install_packages systemd
+}
+
 need_cargo
 install_missing_servers
+install_missing_tools
 fetch_current_nats_server
 say "cargo fmt"
 cargo fmt --check

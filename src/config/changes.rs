@@ -41,7 +41,7 @@ impl Config {
         compare!(changes, dispatcher, &new.dispatcher, Dispatcher, "dispatcher",
             live { batch_size, max_attempts, backoff_initial, backoff_max }
             fixed { instance_id, poll_interval, fallback_interval, workers, shutdown_grace, claim_budget,
-                    max_in_flight_bytes }
+                    max_in_flight_bytes, stuck_after }
             nested {});
         compare!(changes, ordering, &new.ordering, Ordering, "ordering",
             live {} fixed { enabled, on_dead } nested {});

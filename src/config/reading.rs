@@ -48,6 +48,11 @@ impl Faults {
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
+
+    /// What the first of them says; empty without any.
+    pub(super) fn first_text(self) -> String {
+        self.0.into_iter().next().map(|fault| fault.text).unwrap_or_default()
+    }
 }
 
 impl From<String> for Faults {
@@ -182,6 +187,11 @@ impl<'e> Reading<'e> {
             }
             _ => None,
         }
+    }
+
+    /// The environment that overrides keys and says where credentials are.
+    pub(super) fn environment(&self) -> &'e dyn Fn(&str) -> Option<String> {
+        self.environment
     }
 
     /// True if `key` has a value, right or wrong.

@@ -142,6 +142,7 @@ dispatcher:
   max_in_flight_bytes: 512KiB
   backoff_initial: 100ms
   backoff_max: 1h
+  stuck_after: 30s
 ordering: { enabled: false, on_dead: block }
 database:
   dsn: host=a
@@ -183,6 +184,7 @@ fn every_key_has_its_effect() {
     assert_eq!((dispatcher.poll_interval, dispatcher.fallback_interval), (ms(250), ms(90_000)));
     assert_eq!((dispatcher.shutdown_grace, dispatcher.claim_budget), (ms(0), ms(2_000)));
     assert_eq!(dispatcher.max_in_flight_bytes, 512 * 1024);
+    assert_eq!(dispatcher.stuck_after, ms(30_000));
     assert_eq!((dispatcher.backoff_initial, dispatcher.backoff_max), (ms(100), ms(3_600_000)));
     assert_eq!((ordering.enabled, ordering.on_dead), (false, OnDead::Block));
     assert_eq!((database.max_connections, database.max_idle), (66, 0));
@@ -722,4 +724,76 @@ fn random_texts_do_not_panic() {
             );
         }
     }
+}
+
+#[test]
+fn secrets_may_stand_elsewhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &str| std::fs::write(folder.path().join(name), content).unwrap();
+    file("dsn", "postgresql://u:hunter2@h/d\n");
+    file("password", "hunter2 \r\n");
+    file("nats.creds", "-----BEGIN NATS USER JWT-----\n");
+    let credentials = ("CREDENTIALS_DIRECTORY", folder.path().to_str().unwrap());
+    let path = folder.path().display();
+
+    let text = format!("database: {{ dsn: 'file:{path}/dsn', listen_dsn: credential:dsn }}\n");
+    let config = parse_with(&text, &[credentials]).unwrap();
+    assert_eq!(config.database.dsn.expose(), "postgresql://u:hunter2@h/d");
+    assert_eq!(config.database.listen_dsn, Some(config.database.dsn.clone()));
+
+    let nats = |nats: &str| parse_with(&format!("{DSN}nats: {{ {nats} }}"), &[credentials]).unwrap().nats;
+    let login = nats("user: me, password: credential:password").auth;
+    assert_eq!(login, NatsAuth::UserPassword("me".to_owned(), Secret::new("hunter2 ")));
+    assert_eq!(nats("token: credential:password").auth, NatsAuth::Token(Secret::new("hunter2 ")));
+    let creds = NatsAuth::CredentialsFile(folder.path().join("nats.creds"));
+    assert_eq!(nats("credentials_file: credential:nats.creds").auth, creds);
+    assert_eq!(nats(&format!("credentials_file: 'file:{path}/nats.creds'")).auth, creds);
+    file("url", "nats://me:hunter2@a,nats://b\n");
+    assert_eq!(nats("url: credential:url").servers, ["nats://a", "nats://b"]);
+
+    let from_environment = parse_with("", &[("DATABASE_DSN", "credential:dsn"), credentials]).unwrap();
+    assert_eq!(from_environment.database.dsn.expose(), "postgresql://u:hunter2@h/d");
+}
+
+#[test]
+fn what_is_wrong_with_secrets_elsewhere_is_said_without_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &[u8]| std::fs::write(folder.path().join(name), content).unwrap();
+    file("wrong", b"hunter2");
+    file("empty", b"\n");
+    file("binary", b"hunter2\xff");
+    file("long", &[b'x'; (64 << 10) + 1]);
+    let path = folder.path().to_str().unwrap();
+    let credentials = ("CREDENTIALS_DIRECTORY", path);
+    let forms = "allowed: the value itself, file:/path or credential:NAME";
+    let dsns = "allowed: postgresql://user:password@host:5432/database, or host=... user=... password=... dbname=...";
+    for (dsn, expected) in [
+        ("file:secret", format!("file: without the full path of a file; {forms}")),
+        ("credential:", format!("credential: without a credential's name; {forms}")),
+        ("credential:../x", format!("credential: without a credential's name; {forms}")),
+        (
+            "credential:none",
+            "credential:none cannot be read: No such file or directory (os error 2)".to_owned(),
+        ),
+        ("credential:empty", "credential:empty is empty".to_owned()),
+        ("credential:binary", "credential:binary is not text".to_owned()),
+        ("credential:long", "credential:long is larger than 65536 bytes".to_owned()),
+        ("file:/", "file:/ is not a file".to_owned()),
+        ("credential:wrong", format!("what credential:wrong holds cannot be used here; {dsns}")),
+    ] {
+        let found = problems(&format!("database:\n  dsn: \"{dsn}\"\n"), &[credentials]);
+        assert_eq!(found, [format!("config.yaml:2:8: database.dsn: {expected}")], "{dsn}");
+    }
+    let url = problems(&format!("{DSN}nats:\n  url: credential:wrong\n"), &[credentials]);
+    let expected =
+        "what credential:wrong holds cannot be used here; allowed: nats://host:4222 or tls://host:4222";
+    assert_eq!(url, [format!("config.yaml:4:8: nats.url: {expected}")]);
+    let unset = problems("database:\n  dsn: credential:dsn\n", &[]);
+    assert_eq!(
+        unset,
+        [
+            "config.yaml:2:8: database.dsn: credential:dsn is out of reach, as CREDENTIALS_DIRECTORY is not set: \
+          systemd sets it for units with LoadCredential=dsn:/path"
+        ]
+    );
 }

@@ -21,7 +21,7 @@ const HTTP_LIMIT: Duration = Duration::from_secs(5);
 /// Lines of the log that the evidence shows.
 const EVIDENCE_LINES: usize = 40;
 /// Set in a developer's shell or by a service manager, these would change what the program does.
-const CLEARED_VARIABLES: [&str; 8] = [
+const CLEARED_VARIABLES: [&str; 10] = [
     "DATABASE_DSN",
     "NATS_URL",
     "DISPATCHER_INSTANCE_ID",
@@ -29,6 +29,8 @@ const CLEARED_VARIABLES: [&str; 8] = [
     "RUST_LOG",
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "CREDENTIALS_DIRECTORY",
     "JOURNAL_STREAM",
 ];
 
@@ -120,15 +122,27 @@ impl Daemon {
     /// Runs the program with this text as its config file, after `adjust` had its way with the command; waits for nothing.
     pub fn spawn(yaml: &str, adjust: impl FnOnce(&mut Command)) -> Daemon {
         let folder = tempfile::Builder::new().prefix("pg-outbox-daemon-").tempdir().unwrap();
-        let mut guard = Guard::over(folder.path(), "KILL").unwrap();
+        let guard = Guard::over(folder.path(), "KILL").unwrap();
         let folder = folder.keep();
         let config = folder.join("config.yaml");
         fs::write(&config, yaml).unwrap();
         let mut command = pg_outbox();
-        command.args(["run", "--config"]).arg(&config).process_group(0);
+        command.args(["run", "--config"]).arg(&config);
+        adjust(&mut command);
+        Daemon::launch(command, folder, guard)
+    }
+
+    /// Runs `command`, which is the program in some shape, with nothing of ours but its output in files.
+    pub fn run(command: Command) -> Daemon {
+        let folder = tempfile::Builder::new().prefix("pg-outbox-daemon-").tempdir().unwrap();
+        let guard = Guard::over(folder.path(), "KILL").unwrap();
+        Daemon::launch(command, folder.keep(), guard)
+    }
+
+    fn launch(mut command: Command, folder: PathBuf, mut guard: Guard) -> Daemon {
+        command.process_group(0);
         command.stdout(File::create(folder.join("stdout")).unwrap());
         command.stderr(File::create(folder.join("stderr")).unwrap());
-        adjust(&mut command);
         let child = command.spawn().unwrap();
         guard.watch(child.id()).unwrap();
         Daemon { child, guard, folder, address: None }

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod daemon;
 pub mod database;
 pub mod history;
+pub mod notify;
 pub mod proxy;
 pub mod stream;
 pub mod wire;
@@ -20,6 +21,7 @@ pub use cluster::Cluster;
 pub use daemon::{Config, Daemon};
 pub use database::{TestDb, database};
 pub use history::{Committed, Evident, History, Row, RowState, Table, Verdict, check_all, check_history};
+pub use notify::NotifySocket;
 pub use stream::{Stored, TestStream, start_nats, stream};
 pub use workload::{Workload, writers};
 

@@ -1,0 +1,96 @@
+//! Values that stand elsewhere: `file:/path` and `credential:NAME` in place of a secret.
+//!
+//! A secret in the configuration is one that everybody sees who may read the file. A file of its own can have
+//! rights of its own, and systemd hands over what `LoadCredential=` names in a folder that only the service can
+//! read (systemd.exec(5), `$CREDENTIALS_DIRECTORY`). Read while the configuration is read, and again at each
+//! reload, on the thread that does so. What such a file holds is shown in no message, not even when it is wrong.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+use super::reading::Faults;
+use super::yaml::{Node, Value};
+
+/// Largest file that is taken for a secret, in bytes.
+const MAX_BYTES: u64 = 64 << 10;
+
+const FORMS: &str = "allowed: the value itself, file:/path or credential:NAME";
+
+/// Looks up environment variables.
+type Environment<'e> = &'e dyn Fn(&str) -> Option<String>;
+
+/// Parses the value of `node`, or what the file that it names holds.
+pub(super) fn read<T, E: Into<Faults>>(
+    node: &Node,
+    environment: Environment<'_>,
+    parse: impl FnOnce(&Node) -> Result<T, E>,
+) -> Result<T, Faults> {
+    let Some((name, path)) = place(node, environment)? else { return parse(node).map_err(Into::into) };
+    let node =
+        Node { id: node.id, value: Value::Text(content(&path).map_err(|why| format!("{name} {why}"))?) };
+    parse(&node).map_err(|faults| {
+        // The faults may quote what the file holds: only what is allowed is passed on.
+        let text = faults.into().first_text();
+        let allowed = text.split_once("; ").map_or("", |(_, allowed)| allowed);
+        format!("what {name} holds cannot be used here; {allowed}").trim_end_matches("; ").to_owned().into()
+    })
+}
+
+/// The path of a file that is itself the value: `/path`, `file:/path` or `credential:NAME`.
+pub(super) fn path(
+    node: &Node,
+    environment: Environment<'_>,
+    parse: impl FnOnce(&Node) -> Result<Option<PathBuf>, String>,
+) -> Result<Option<PathBuf>, Faults> {
+    match place(node, environment)? {
+        Some((_, path)) => Ok(Some(path)),
+        None => parse(node).map_err(Into::into),
+    }
+}
+
+/// What the value calls itself, and the file it leads to; `None` for a plain value.
+fn place<'n>(
+    node: &'n Node,
+    environment: Environment<'_>,
+) -> Result<Option<(Cow<'n, str>, PathBuf)>, String> {
+    let Value::Text(text) = &node.value else { return Ok(None) };
+    if let Some(path) = text.strip_prefix("file:") {
+        if !path.starts_with('/') {
+            return Err(format!("file: without the full path of a file; {FORMS}"));
+        }
+        return Ok(Some((text.into(), path.into())));
+    }
+    let Some(name) = text.strip_prefix("credential:") else { return Ok(None) };
+    if name.is_empty() || name.starts_with('.') || !name.bytes().all(|b| b.is_ascii_graphic() && b != b'/') {
+        return Err(format!("credential: without a credential's name; {FORMS}"));
+    }
+    match environment("CREDENTIALS_DIRECTORY").filter(|folder| !folder.is_empty()) {
+        Some(folder) => Ok(Some((text.into(), Path::new(&folder).join(name)))),
+        None => Err(format!(
+            "{text} is out of reach, as CREDENTIALS_DIRECTORY is not set: systemd sets it for units with \
+             LoadCredential={name}:/path"
+        )),
+    }
+}
+
+/// The text of a file, without the newline at its end.
+fn content(path: &Path) -> Result<String, String> {
+    let why = |error: std::io::Error| match error.kind() {
+        ErrorKind::InvalidData => "is not text".to_owned(),
+        _ => format!("cannot be read: {error}"),
+    };
+    let file = File::open(path).map_err(why)?;
+    if !file.metadata().map_err(why)?.is_file() {
+        return Err("is not a file".to_owned());
+    }
+    let mut text = String::new();
+    // One byte more than allowed tells a file that is too large.
+    file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(why)?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(format!("is larger than {MAX_BYTES} bytes"));
+    }
+    let value = text.trim_end_matches(['\n', '\r']);
+    if value.is_empty() { Err("is empty".to_owned()) } else { Ok(value.to_owned()) }
+}
