@@ -3,5 +3,6 @@
 
 pub mod check;
 pub mod demo;
+pub mod generate;
 pub mod migrate;
 pub mod run;

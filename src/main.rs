@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use pg_outbox::command::demo::{self, DemoOptions};
-use pg_outbox::command::{check, migrate, run};
+use pg_outbox::command::{check, generate, migrate, run};
 use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
 
 const FAILED: u8 = 1;
@@ -32,7 +32,8 @@ Exit codes:
   130  cut short by a second signal
 
 Signals to run:
-  SIGTERM, SIGINT  drain for up to dispatcher.shutdown_grace, then end; a second one ends at once";
+  SIGTERM, SIGINT  drain for up to dispatcher.shutdown_grace, then end; a second one ends at once
+  SIGHUP           read the configuration again; a bad one is refused, and the one from before stays";
 
 /// Publishes the events of a PostgreSQL outbox table to NATS: none lost, in order per key, hardly ever twice.
 #[derive(Parser)]
@@ -65,6 +66,12 @@ enum Command {
         /// Leave everything running afterwards, until Ctrl-C.
         #[arg(long)]
         keep: bool,
+    },
+    /// Write manual pages and shell completions, for a package.
+    #[command(hide = true)]
+    Generate {
+        /// The folder to write below.
+        folder: PathBuf,
     },
 }
 
@@ -112,6 +119,10 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         Command::Migrate { order } => {
             let config = Config::load(&cli.config)?;
             migrate::run(&config.database, order.map(Into::into), &mut std::io::stdout())?;
+            ExitCode::SUCCESS
+        }
+        Command::Generate { folder } => {
+            generate::run(Cli::command(), folder)?;
             ExitCode::SUCCESS
         }
         Command::Demo { events, keep } => done(demo::run(DemoOptions { events: *events, keep: *keep })?),

@@ -18,6 +18,7 @@ mod harness;
 mod harness_test;
 mod http;
 mod outages;
+mod package;
 mod rejections;
 mod reload;
 mod sandbox;

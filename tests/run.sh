@@ -29,9 +29,13 @@ fetch_current_nats_server() {
     export PG_OUTBOX_NATS_SERVER_CURRENT=$PWD/$program
 }
 
-# systemd-analyze judges the units.
+# systemd-analyze judges the units, groff the manual pages; a package is installed by root, or by who seems to be.
 install_missing_tools() {
     command -v systemd-analyze > /dev/null || install_packages systemd
+    command -v groff > /dev/null || install_packages groff-base
+    command -v python3 > /dev/null || install_packages python3
+    command -v strip > /dev/null || install_packages binutils
+    [ "$(id -u)" -eq 0 ] || command -v fakeroot > /dev/null || install_packages fakeroot
 }
 
 need_cargo
