@@ -11,6 +11,7 @@ mod batches;
 mod check;
 mod claim;
 mod cost;
+mod containers;
 mod delivery;
 mod demo;
 mod faults;
