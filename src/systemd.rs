@@ -54,7 +54,7 @@ impl Systemd {
     /// time lets `Type=notify-reload` tell this reload from one that was under way when it asked (sd_notify(3)).
     pub fn reloading(&self) {
         let now = clock_gettime(ClockId::Monotonic);
-        let usec = now.tv_sec * 1_000_000 + i64::from(now.tv_nsec) / 1_000;
+        let usec = now.tv_sec * 1_000_000 + now.tv_nsec / 1_000;
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={usec}"));
     }
 
