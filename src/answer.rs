@@ -39,10 +39,18 @@ const STORE_FAILED: u32 = 10077;
 /// Resource limits exceeded for the account.
 const ACCOUNT_RESOURCES_EXCEEDED: u32 = 10002;
 
+/// An earlier copy of the message is on its way through the cluster, and nobody knows yet whether it will be stored:
+/// as after a publish that a leader without quorum took and could not acknowledge. Asked again later, the answer is an
+/// ack with `duplicate: true`, or the message is stored.
+const DUPLICATE_IN_PROCESS: u32 = 10158;
+
 #[derive(Deserialize)]
 struct PublishAck {
     error: Option<ApiError>,
     stream: Option<String>,
+    /// From 1.
+    #[serde(default)]
+    seq: u64,
     #[serde(default)]
     duplicate: bool,
 }
@@ -66,7 +74,7 @@ impl ApiError {
     fn is_outage(&self) -> bool {
         match self.err_code {
             STORE_FAILED => !self.description.contains("per subject"),
-            STREAM_NOT_FOUND | ACCOUNT_RESOURCES_EXCEEDED => true,
+            STREAM_NOT_FOUND | ACCOUNT_RESOURCES_EXCEEDED | DUPLICATE_IN_PROCESS => true,
             _ => self.code >= 500 || self.code == 429,
         }
     }
@@ -83,6 +91,11 @@ pub fn publish_answer(body: &[u8], no_responders: bool, expected: &str) -> Optio
     Some(match ack {
         PublishAck { error: Some(error), .. } if error.is_outage() => Answer::Outage { cause: error.text() },
         PublishAck { error: Some(error), .. } => Answer::Refused { error: error.text() },
+        // What nats-server before 2.11 says in the place of DUPLICATE_IN_PROCESS. It is no ack: the earlier copy may
+        // never be stored.
+        PublishAck { stream: Some(_), seq: 0, .. } => {
+            Answer::Outage { cause: "an earlier copy of the message is in process".into() }
+        }
         PublishAck { stream: Some(stream), duplicate, .. } if stream == expected => {
             Answer::Stored { duplicate }
         }
@@ -199,9 +212,17 @@ mod tests {
     fn answers_to_a_publish() {
         let outage = |cause: &str| Some(Answer::Outage { cause: cause.into() });
         let refused = |error: &str| Some(Answer::Refused { error: error.into() });
-        let cases: [(&str, Option<Answer>); 12] = [
+        let cases: [(&str, Option<Answer>); 14] = [
             (r#"{"stream":"EVENTS","seq":7}"#, Some(Answer::Stored { duplicate: false })),
             (r#"{"stream":"EVENTS","seq":7,"duplicate":true}"#, Some(Answer::Stored { duplicate: true })),
+            (
+                r#"{"stream":"EVENTS","seq":0,"duplicate":true}"#,
+                outage("an earlier copy of the message is in process"),
+            ),
+            (
+                r#"{"error":{"code":409,"err_code":10158,"description":"duplicate message id is in process"},"stream":"EVENTS","seq":0}"#,
+                outage("duplicate message id is in process (10158)"),
+            ),
             (
                 r#"{"stream":"OTHER","seq":7}"#,
                 refused(

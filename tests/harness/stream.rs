@@ -16,6 +16,8 @@ const CURRENT_VAR: &str = "PG_OUTBOX_NATS_SERVER_CURRENT";
 const BATCH: u64 = 500;
 /// Longest wait for the next message of a stream that holds it.
 const READ_LIMIT: Duration = Duration::from_secs(10);
+/// Attempts to begin to read a stream back.
+const READ_TRIES: usize = 20;
 /// Messages of a stream that its evidence shows.
 const EVIDENCE_MESSAGES: usize = 10;
 
@@ -192,7 +194,16 @@ impl TestStream {
         }
         let request = json!({"stream_name": self.name, "config": {"deliver_policy": "all", "ack_policy": "none",
             "replay_policy": "instant", "inactive_threshold": 60_000_000_000_u64, "mem_storage": true}});
-        let consumer = client.api(&format!("CONSUMER.CREATE.{}", self.name), &request).unwrap();
+        // A cluster that was without a leader a moment ago may need a few attempts.
+        let call = format!("CONSUMER.CREATE.{}", self.name);
+        let mut consumer = client.api(&call, &request);
+        for _ in 0..READ_TRIES {
+            if consumer.is_err() {
+                std::thread::sleep(Duration::from_millis(500));
+                consumer = client.api(&call, &request);
+            }
+        }
+        let consumer = consumer.unwrap();
         let consumer = consumer["name"].as_str().unwrap().to_owned();
         let read = self.read(&mut client, &consumer, total, last);
         client.api(&format!("CONSUMER.DELETE.{}.{consumer}", self.name), &Value::Null).unwrap();
