@@ -40,8 +40,9 @@ const REST_MIN: Duration = Duration::from_millis(5);
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two looks while lanes with events are known: how long a lane may wait to be found behind them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
-/// Shortest rest while claims are under way; it doubles while nothing is found, up to `poll_interval`.
-const NAP_MIN: Duration = Duration::from_millis(10);
+/// Shortest and longest rest while claims are under way; it doubles while nothing is found. Should the instance that
+/// has them die, its lanes are found after the longest at the latest.
+const NAP: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 /// Writers need not notify any more when claims went on for so long without a rest.
 const AWAKE_AFTER: Duration = Duration::from_millis(20);
 /// Time between two looks from the beginning, which may cost more than others.
@@ -281,7 +282,7 @@ impl Claimer {
         if self.doze.covered() {
             return self.poll_interval;
         }
-        search.nap = (search.nap * 2).clamp(NAP_MIN, self.poll_interval.max(NAP_MIN));
+        search.nap = (search.nap * 2).clamp(NAP.0, NAP.1);
         search.nap
     }
 

@@ -56,7 +56,9 @@ fn check_database(config: &Config, report: &mut Report) {
             return report.line("postgres", Err(format!("{error}; {to_do}")));
         }
     }
-    match store.schema_problems() {
+    let schema = store.schema_problems();
+    let complete = schema.as_ref().is_ok_and(Vec::is_empty);
+    match schema {
         Ok(problems) if problems.is_empty() => report.line("schema", Ok("complete".into())),
         Ok(mut problems) => {
             // Without its tables the schema is missing as a whole, and what they would hold goes without saying.
@@ -70,7 +72,8 @@ fn check_database(config: &Config, report: &mut Report) {
         }
         Err(error) => report.line("schema", Err(error.to_string())),
     }
-    if config.database.listen {
+    // The wake-up needs the table: without it there is nothing to say.
+    if config.database.listen && complete {
         match store.wake_up(config.database.listen_dsn.as_ref()) {
             Ok(_) => report.line("wake-up", Ok("LISTEN works".into())),
             Err(error) => {

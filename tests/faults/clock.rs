@@ -34,14 +34,15 @@ impl Clock {
         // The server may run as another user than we do.
         open_to_all(folder.path(), 0o755);
         open_to_all(&file, 0o644);
-        let mut launcher = vec![
+        let mut launcher = as_postgres_user();
+        launcher.extend([
             "env".to_owned(),
             format!("LD_PRELOAD={}", libfaketime().display()),
             format!("FAKETIME_TIMESTAMP_FILE={}", file.display()),
             "FAKETIME_NO_CACHE=1".to_owned(),
             "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned(),
-        ];
-        launcher.extend(as_postgres_user());
+            "FAKETIME_DISABLE_SHM=1".to_owned(),
+        ]);
         let postgres = start_postgres_with(PostgresOptions { launcher, ..PostgresOptions::default() });
         Clock { postgres, folder }
     }

@@ -16,6 +16,7 @@ use super::{Run, Stage};
 /// Where the small disk is, for the server alone: any folder that exists.
 const MOUNT_POINT: &str = "/mnt";
 const DISK_MIB: u32 = 64;
+const LIMIT: Duration = Duration::from_secs(20);
 /// SQLSTATE `disk_full`.
 const DISK_FULL: &str = "53100";
 
@@ -32,11 +33,16 @@ pub fn is_full(run: &mut Run) {
         let mut client = stage.db.client();
         client.batch_execute("CREATE TABLE ballast (bytes text)").unwrap();
         client.batch_execute("ALTER TABLE ballast ALTER COLUMN bytes SET STORAGE EXTERNAL").unwrap();
+        // Nobody can write events to a full disk either: there must be some before, which nobody has claimed.
+        let mut holder = stage.db.client();
+        holder.batch_execute("BEGIN; SELECT FROM outbox_lanes FOR UPDATE").unwrap();
+        wait_until("there is a backlog", LIMIT, &[stage], || stage.db.pending() > 1_000);
         for bytes in [1_000_000, 8_000, 1_000] {
             fill(&mut client, bytes);
         }
+        holder.batch_execute("ROLLBACK").unwrap();
         let instance = &stage.instances[0];
-        wait_until("a claim cannot be settled", Duration::from_secs(20), &[instance], || {
+        wait_until("a claim cannot be settled", LIMIT, &[instance], || {
             // Every page that somebody else frees meanwhile is taken again.
             fill(&mut client, 1_000);
             instance.log().contains(DISK_FULL)

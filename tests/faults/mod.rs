@@ -38,6 +38,8 @@ const SEED_VARIABLE: &str = "PG_OUTBOX_FAULTS_SEED";
 const CALM: Duration = Duration::from_millis(500);
 /// Longest time for a server to take connections after the last fault.
 const SERVER_LIMIT: Duration = Duration::from_secs(60);
+/// Lines of each instance's log that the evidence shows.
+const EVIDENCE_LINES: usize = 60;
 /// Duplicate window of a stream that says nothing else.
 const WINDOW: Duration = Duration::from_secs(120);
 
@@ -321,7 +323,12 @@ impl Evidence for Stage {
             catch_unwind(AssertUnwindSafe(|| self.stream.evidence()))
                 .unwrap_or_else(|_| format!("--- stream {}: no answer", self.stream.name)),
         );
-        parts.extend(self.instances.iter().map(Daemon::evidence));
+        for instance in &self.instances {
+            let log = instance.log();
+            let said: Vec<&str> = log.lines().filter(|line| !line.contains(" DEBUG ")).collect();
+            let skip = said.len().saturating_sub(EVIDENCE_LINES);
+            parts.push(format!("--- log of pid {} above debug\n{}", instance.pid(), said[skip..].join("\n")));
+        }
         parts.join("\n")
     }
 }

