@@ -36,6 +36,7 @@ DECLARE
     key_expression text;
     default_id text;
     this_month date := (now() AT TIME ZONE 'UTC')::date;
+    function text;
 BEGIN
     IF to_regclass(format('%I.outbox_schema', current_schema())) IS NOT NULL THEN
         IF EXISTS (SELECT FROM outbox_schema WHERE version = 1) THEN
@@ -212,7 +213,8 @@ BEGIN
     -- Rows of that month which are in the DEFAULT partition move in the same transaction. While they move,
     -- and while ATTACH reads the rest of DEFAULT to see that none is left, claims wait; a CHECK constraint
     -- could spare that reading, but adding it reads as much. DEFAULT is empty where partitions are made in
-    -- time.
+    -- time. A month that has begun is made under a lock that keeps writers waiting as well: a row that is on
+    -- its way into DEFAULT would otherwise be refused, as DEFAULT no longer takes it.
     CREATE FUNCTION create_monthly_partition(parent text, month date) RETURNS text
     LANGUAGE plpgsql
     SET timezone = 'UTC'
@@ -267,6 +269,9 @@ BEGIN
         FOR try IN 1 .. tries LOOP
             BEGIN
                 IF default_partition IS NOT NULL THEN
+                    IF lower_bound <= clock_timestamp() THEN
+                        EXECUTE format('LOCK TABLE ONLY %s IN SHARE ROW EXCLUSIVE MODE', parent_table);
+                    END IF;
                     EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', default_partition);
                 END IF;
                 EXECUTE format(
@@ -329,11 +334,247 @@ BEGIN
     END
     $body$;
 
-    -- They work from any session, also where the schema is not on its search_path.
-    EXECUTE format('ALTER FUNCTION create_monthly_partition(text, date) SET search_path = pg_catalog, %I, pg_temp',
-                   current_schema());
-    EXECUTE format('ALTER FUNCTION cleanup_old_outbox_events(int) SET search_path = pg_catalog, %I, pg_temp',
-                   current_schema());
+    -- Upkeep ---------------------------------------------------------------------------------------------
+    --
+    -- What pg-outbox does by itself, and `pg-outbox partitions` on demand. These functions run with the rights
+    -- of whoever applied this file, so that the service's role needs to own nothing; for that reason they work
+    -- on this schema's outbox alone, take values and never SQL, and only those may call them who were granted
+    -- it. Times come from the server's clock. Each waits at most 100 ms for a lock, as everybody who wants to
+    -- insert would wait with it.
+
+    -- The partitions and their bounds; those of the DEFAULT partition are NULL.
+    CREATE FUNCTION outbox_partitions(
+        OUT partition name, OUT lower_bound timestamptz, OUT upper_bound timestamptz, OUT is_default boolean
+    ) RETURNS SETOF record
+    LANGUAGE sql STABLE
+    SET timezone = 'UTC'
+    SET datestyle = 'ISO'
+    AS $body$
+        SELECT c.relname,
+               CASE WHEN b.bound LIKE 'FOR VALUES FROM (MINVALUE)%' THEN '-infinity'
+                    ELSE substring(b.bound FROM '^FOR VALUES FROM \(''([^'']+)''\)')::timestamptz END,
+               CASE WHEN b.bound LIKE '% TO (MAXVALUE)' THEN 'infinity'
+                    ELSE substring(b.bound FROM ' TO \(''([^'']+)''\)$')::timestamptz END,
+               b.bound = 'DEFAULT'
+          FROM pg_inherits i
+          JOIN pg_class c ON c.oid = i.inhrelid
+         CROSS JOIN LATERAL (SELECT pg_get_expr(c.relpartbound, c.oid) AS bound) AS b
+         WHERE i.inhparent = 'outboxes'::regclass
+         ORDER BY 2 NULLS LAST, 1
+    $body$;
+
+    -- What keeps a partition from being dropped: 'pending', 'dead', or NULL when all its events are published.
+    CREATE FUNCTION outbox_partition_holds(partition name) RETURNS text
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET enable_seqscan = off
+    AS $body$
+    DECLARE
+        target regclass;
+        pending boolean;
+        dead boolean;
+    BEGIN
+        SELECT c.oid INTO target
+          FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+         WHERE i.inhparent = 'outboxes'::regclass AND c.relname = outbox_partition_holds.partition;
+        IF target IS NULL THEN
+            RAISE EXCEPTION 'outboxes has no partition %', coalesce(quote_literal(partition), 'NULL')
+                USING ERRCODE = 'undefined_table';
+        END IF;
+        -- One search for each partial index.
+        EXECUTE format('SELECT EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NULL'
+                       ' AND next_attempt_at IS NULL)'
+                       ' OR EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NULL'
+                       ' AND next_attempt_at IS NOT NULL),'
+                       ' EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NOT NULL)', target)
+           INTO pending, dead;
+        RETURN CASE WHEN pending THEN 'pending' WHEN dead THEN 'dead' END;
+    END
+    $body$;
+
+    -- For how many days from now there are partitions without a gap (0: this month has none), and how many rows
+    -- the DEFAULT partition has, counted up to 100,000.
+    CREATE FUNCTION outbox_partition_state(OUT days_ahead float8, OUT default_rows bigint)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    AS $body$
+    DECLARE
+        default_partition regclass;
+    BEGIN
+        WITH RECURSIVE ahead(until) AS (
+            SELECT upper_bound FROM outbox_partitions() WHERE lower_bound <= now() AND now() < upper_bound
+            UNION ALL
+            SELECT p.upper_bound FROM ahead JOIN outbox_partitions() p ON p.lower_bound = ahead.until
+        )
+        -- A partition without an end is as good as a hundred years.
+        SELECT coalesce(extract(epoch FROM least(max(until), now() + interval '100 years') - now()) / 86400, 0)
+          INTO days_ahead FROM ahead;
+        SELECT nullif(partdefid, 0) INTO default_partition
+          FROM pg_partitioned_table WHERE partrelid = 'outboxes'::regclass;
+        default_rows := 0;
+        IF default_partition IS NOT NULL THEN
+            EXECUTE format('SELECT count(*) FROM (SELECT FROM %s LIMIT 100000) AS found', default_partition)
+               INTO default_rows;
+        END IF;
+    END
+    $body$;
+
+    -- The months that want a partition: this one, the `premake` months after it, and earlier ones of which the
+    -- DEFAULT partition has rows. With more than 100,000 rows in DEFAULT, months that have any there are left
+    -- out: moving them keeps writers waiting, so somebody should choose the time and call
+    -- outbox_create_partition. What is partitioned otherwise than by month wants nothing where it overlaps.
+    CREATE FUNCTION outbox_missing_partitions(premake int) RETURNS SETOF date
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET timezone = 'UTC'
+    AS $body$
+    DECLARE
+        most CONSTANT int := 100000;
+        default_partition regclass;
+        this_month timestamptz := date_trunc('month', now());
+        end_of_months timestamptz;
+        fallen date[] := '{}';
+        are_few boolean := true;
+    BEGIN
+        IF premake IS NULL OR NOT premake BETWEEN 0 AND 120 THEN
+            RAISE EXCEPTION 'premake is %; it must be 0 to 120', coalesce(premake::text, 'NULL')
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        end_of_months := this_month + make_interval(months => premake);
+        SELECT nullif(partdefid, 0) INTO default_partition
+          FROM pg_partitioned_table WHERE partrelid = 'outboxes'::regclass;
+        IF default_partition IS NOT NULL THEN
+            EXECUTE format('SELECT count(*) <= %2$s, coalesce(array_agg(DISTINCT date_trunc(''month'', created_at)::date)'
+                           ' FILTER (WHERE created_at BETWEEN ''1970-01-01'' AND ''9999-11-30''), ''{}'')'
+                           ' FROM (SELECT created_at FROM %1$s LIMIT %2$s + 1) AS found', default_partition, most)
+               INTO are_few, fallen;
+        END IF;
+        RETURN QUERY
+            SELECT m.month
+              FROM (SELECT generate_series(this_month, end_of_months, '1 month')::date
+                    UNION
+                    SELECT unnest(fallen)) AS m(month)
+             WHERE m.month <= end_of_months
+               AND (are_few OR m.month <> ALL (fallen))
+               AND NOT EXISTS (
+                   SELECT FROM outbox_partitions() p
+                    WHERE NOT p.is_default
+                      AND p.lower_bound < m.month::timestamptz + interval '1 month' AND p.upper_bound > m.month::timestamptz)
+             ORDER BY m.month;
+    END
+    $body$;
+
+    -- Makes the partition of a month, as create_monthly_partition does, and returns its name.
+    CREATE FUNCTION outbox_create_partition(month date) RETURNS text
+    LANGUAGE sql SECURITY DEFINER
+    AS $body$
+        SELECT create_monthly_partition('outboxes', month)
+    $body$;
+
+    -- Detaches and drops a partition that is older than `retention` as a whole and has no pending event and no
+    -- dead letter. Returns 'dropped', or why not: 'young', 'pending', 'dead', or 'locked' when its locks were not
+    -- free in 8 tries.
+    --
+    -- Detaching needs the whole table for an instant. (DETACH CONCURRENTLY would not, but is not allowed beside
+    -- a DEFAULT partition.) A waiting request for that lock holds up everybody who comes after it, so it is
+    -- given up after 100 ms, and tried again after a pause in which others go on. What the partition holds is
+    -- looked at under the lock, when no insert and no operator can change it any more.
+    CREATE FUNCTION outbox_drop_partition(partition name, retention interval) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET lock_timeout = '100ms'
+    AS $body$
+    DECLARE
+        tries CONSTANT int := 8;
+        parent regclass := 'outboxes'::regclass;
+        parent_schema name;
+        target text;
+        holds text;
+    BEGIN
+        IF retention IS NULL OR retention < interval '1 day' THEN
+            RAISE EXCEPTION 'retention is %; it must be a day or more', coalesce(retention::text, 'NULL')
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        SELECT n.nspname INTO parent_schema
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = parent;
+        target := format('%I.%I', parent_schema, partition);
+        FOR try IN 1 .. tries LOOP
+            -- Raises an error for what is no partition of ours.
+            holds := outbox_partition_holds(partition);
+            IF NOT EXISTS (SELECT FROM outbox_partitions() p
+                            WHERE p.partition = outbox_drop_partition.partition AND p.upper_bound <= now() - retention) THEN
+                RETURN 'young';
+            ELSIF holds IS NOT NULL THEN
+                RETURN holds;
+            END IF;
+            BEGIN
+                EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', parent);
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', target);
+                holds := outbox_partition_holds(partition);
+                IF holds IS NULL THEN
+                    EXECUTE format('ALTER TABLE %s DETACH PARTITION %s', parent, target);
+                    EXECUTE format('DROP TABLE %s', target);
+                    RETURN 'dropped';
+                END IF;
+                -- Lets go of the locks.
+                RAISE EXCEPTION USING ERRCODE = 'lock_not_available';
+            EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+                NULL;
+            END;
+            PERFORM pg_sleep(0.05 + random() * 0.2);
+        END LOOP;
+        RETURN 'locked';
+    END
+    $body$;
+
+    -- Deletes the events of a partition that were created and published longer than `retention` ago, in its 256
+    -- blocks from `first_block` on: some thousand events, whatever their number, and no block is read twice in a
+    -- pass. Returns how many, and the block to go on from, which is NULL at the end. Pending events and dead
+    -- letters stay, however old.
+    CREATE FUNCTION outbox_clean_partition(
+        partition name, first_block bigint, retention interval, OUT deleted bigint, OUT next_block bigint
+    )
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET lock_timeout = '100ms'
+    AS $body$
+    DECLARE
+        step CONSTANT bigint := 256;
+        target regclass;
+        before timestamptz := now() - retention;
+    BEGIN
+        IF retention IS NULL OR retention < interval '1 day' OR first_block IS NULL OR first_block < 0 THEN
+            RAISE EXCEPTION 'retention is % and first_block %; they must be a day or more, and 0 or more',
+                            coalesce(retention::text, 'NULL'), coalesce(first_block::text, 'NULL')
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        SELECT c.oid INTO target
+          FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+         WHERE i.inhparent = 'outboxes'::regclass AND c.relname = outbox_clean_partition.partition;
+        IF target IS NULL THEN
+            RAISE EXCEPTION 'outboxes has no partition %', coalesce(quote_literal(partition), 'NULL')
+                USING ERRCODE = 'undefined_table';
+        END IF;
+        EXECUTE format('DELETE FROM %s WHERE ctid >= ''(%s,0)'' AND ctid < ''(%s,0)'''
+                       ' AND created_at < $1 AND published_at < $1', target, first_block, first_block + step)
+          USING before;
+        GET DIAGNOSTICS deleted = ROW_COUNT;
+        next_block := first_block + step;
+        IF next_block >= pg_relation_size(target) / current_setting('block_size')::bigint THEN
+            next_block := NULL;
+        END IF;
+    END
+    $body$;
+
+    -- They work from any session, also where the schema is not on its search_path; and what runs with our
+    -- rights cannot be given other functions to call.
+    FOR function IN
+        SELECT p.oid::regprocedure::text FROM pg_proc p
+         WHERE p.pronamespace = current_schema()::regnamespace
+           AND p.proname IN ('create_monthly_partition', 'cleanup_old_outbox_events', 'outbox_partitions',
+                             'outbox_partition_holds', 'outbox_partition_state', 'outbox_missing_partitions',
+                             'outbox_create_partition', 'outbox_drop_partition', 'outbox_clean_partition')
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s SET search_path = pg_catalog, %I, pg_temp', function, current_schema());
+    END LOOP;
+    REVOKE ALL ON FUNCTION outbox_partition_holds(name), outbox_partition_state(), outbox_missing_partitions(int),
+        outbox_create_partition(date), outbox_drop_partition(name, interval),
+        outbox_clean_partition(name, bigint, interval) FROM PUBLIC;
 
     FOR month IN 0 .. 3 LOOP
         PERFORM create_monthly_partition('outboxes', (this_month + make_interval(months => month))::date);
@@ -376,6 +617,17 @@ BEGIN
         'Makes the partition for the month of the date (UTC) if it is missing, and returns its name';
     COMMENT ON FUNCTION cleanup_old_outbox_events(int) IS
         'Deletes up to 10,000 published events older than that many days, and returns how many';
+    COMMENT ON FUNCTION outbox_partitions() IS 'The partitions of the outbox and their bounds';
+    COMMENT ON FUNCTION outbox_partition_holds(name) IS
+        'What keeps a partition from being dropped: pending, dead, or NULL';
+    COMMENT ON FUNCTION outbox_partition_state() IS
+        'Days from now that have partitions, and rows in the DEFAULT partition (counted up to 100,000)';
+    COMMENT ON FUNCTION outbox_missing_partitions(int) IS 'The months, up to so many ahead, that want a partition';
+    COMMENT ON FUNCTION outbox_create_partition(date) IS 'Makes the partition of a month, and returns its name';
+    COMMENT ON FUNCTION outbox_drop_partition(name, interval) IS
+        'Drops a partition that is older than that as a whole and holds no pending or dead event, or says why not';
+    COMMENT ON FUNCTION outbox_clean_partition(name, bigint, interval) IS
+        'Deletes published events older than that from 256 blocks of a partition';
 
     INSERT INTO outbox_schema (version) VALUES (1);
 END

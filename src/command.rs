@@ -5,4 +5,5 @@ pub mod check;
 pub mod demo;
 pub mod generate;
 pub mod migrate;
+pub mod partitions;
 pub mod run;

@@ -76,6 +76,8 @@ pub struct Config {
     pub database: Database,
     /// `nats`: where events go.
     pub nats: Nats,
+    /// `partitions`: how many are made ahead, and how long events are kept.
+    pub partitions: Partitions,
     /// `logging`: what is logged, and how.
     pub logging: Logging,
     /// `metrics`: the HTTP server.
@@ -123,6 +125,7 @@ impl Config {
             ordering: ordering(reading, &root),
             database: database(reading, &root),
             nats: nats(reading, &root),
+            partitions: partitions(reading, &root),
             logging: logging(reading, &root),
             metrics: metrics(reading, &root),
         };
@@ -267,6 +270,16 @@ pub enum Storage {
     File,
     /// In memory.
     Memory,
+}
+
+/// How the monthly partitions of the outbox are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partitions {
+    /// Months after this one that have their partition, 1 to 120. Default 3.
+    pub premake: u32,
+    /// Published events older than this are deleted, whole partitions at a time where possible; 1day to 100years, or
+    /// `None` (written `off`): they are kept for ever. Default 30days.
+    pub retention: Option<Duration>,
 }
 
 /// What is logged.
@@ -440,6 +453,16 @@ fn jetstream(reading: &mut Reading<'_>, nats: &Section<'_>) -> JetStream {
         storage: value.of("storage", Storage::File, one_of("kind of storage", &storage)),
         replicas: value.of("replicas", 1, count(1..=5)),
         duplicate_window: value.of("duplicate_window", 2 * MINUTE, duration(100 * MS..=30 * DAY)),
+    }
+}
+
+fn partitions(reading: &mut Reading<'_>, root: &Section<'_>) -> Partitions {
+    use values::{count, duration_or_off};
+    let section = reading.section(root, "partitions");
+    let mut value = Keys { reading, section: &section };
+    Partitions {
+        premake: value.of("premake", 3, count(1..=120)),
+        retention: value.of("retention", Some(30 * DAY), duration_or_off(DAY..=36_525 * DAY)),
     }
 }
 

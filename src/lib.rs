@@ -22,6 +22,9 @@
 //! decisions. Then [`store`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`], [`worker`] with [`publish`],
 //! [`wakeup`], [`janitor`], [`http`]; [`service`], which starts, supervises and drains them; and the [`command`]s.
 //! [`failpoint`](mod@failpoint) names the steps of a claim at which the tests kill the process.
+//! [`outage`] the gate · [`health`] live and ready. These are plain data and pure decisions. Then [`store`] (all
+//! of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`], [`worker`] with [`publish`],
+//! [`wakeup`], [`janitor`], [`upkeep`], [`http`]; [`service`], which starts, supervises and drains them; and the [`command`]s.
 
 pub mod answer;
 pub mod boottime;
@@ -48,5 +51,6 @@ pub mod service;
 pub mod store;
 pub mod systemd;
 pub mod topic_map;
+pub mod upkeep;
 pub mod wakeup;
 pub mod worker;

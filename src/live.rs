@@ -1,5 +1,5 @@
 //! What a reload changes while the service runs: the values that the claimer and the workers take anew for
-//! each claim.
+//! each claim, and the upkeep for each round.
 //!
 //! Plain data behind one lock that is held for a copy of a pointer. A claim works with what it took when it
 //! began, to its end: its events are never split over two topic maps. Everything else of the configuration
@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::headers::HeaderPolicy;
 use crate::retry::Policy;
 use crate::topic_map::TopicMap;
@@ -23,12 +23,14 @@ pub struct Settings {
     pub headers: HeaderPolicy,
     /// When events are retried and when they die.
     pub policy: Policy,
+    /// How the partitions are kept; for the next round of upkeep.
+    pub partitions: config::Partitions,
 }
 
 impl Settings {
     /// The part of a configuration that can change while running.
     pub fn of(config: &Config) -> Settings {
-        let Config { dispatcher, nats, .. } = config;
+        let Config { dispatcher, nats, partitions, .. } = config;
         Settings {
             batch_size: dispatcher.batch_size,
             topic_map: nats.topic_map.clone(),
@@ -42,6 +44,7 @@ impl Settings {
                 backoff_initial: dispatcher.backoff_initial,
                 backoff_max: dispatcher.backoff_max,
             },
+            partitions: partitions.clone(),
         }
     }
 }

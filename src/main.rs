@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use pg_outbox::command::demo::{self, DemoOptions};
-use pg_outbox::command::{check, generate, migrate, run};
+use pg_outbox::command::{check, generate, migrate, partitions, run};
 use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
 
 const FAILED: u8 = 1;
@@ -58,6 +58,11 @@ enum Command {
         #[arg(long, value_enum)]
         order: Option<Order>,
     },
+    /// List, make and drop the monthly partitions. The daemon does the same by itself.
+    Partitions {
+        #[command(subcommand)]
+        action: Partitions,
+    },
     /// Try it out: private servers, a writer, the daemon, and a reader that checks what arrives.
     Demo {
         /// Events to commit.
@@ -73,6 +78,46 @@ enum Command {
         /// The folder to write below.
         folder: PathBuf,
     },
+}
+
+#[derive(Subcommand)]
+enum Partitions {
+    /// Show every partition: its month, its size, and what keeps it from being dropped.
+    List {
+        /// As JSON, one array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the partitions that are missing, up to `partitions.premake` months ahead.
+    Create {
+        /// Make the partition of this month instead, whether ahead or long ago.
+        #[arg(long, value_name = "YYYY-MM")]
+        month: Option<String>,
+        /// Say what would be made, and change nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Drop the partitions that are older than `partitions.retention` as a whole. Pending events and dead letters
+    /// keep theirs.
+    Drop {
+        /// Say what would be dropped, and change nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+impl From<&Partitions> for partitions::Action {
+    fn from(action: &Partitions) -> partitions::Action {
+        let mode = |dry_run| if dry_run { partitions::Mode::Dry } else { partitions::Mode::Real };
+        match action {
+            Partitions::List { json: false } => partitions::Action::List,
+            Partitions::List { json: true } => partitions::Action::ListJson,
+            Partitions::Create { month, dry_run } => {
+                partitions::Action::Create { month: month.clone(), mode: mode(*dry_run) }
+            }
+            Partitions::Drop { dry_run } => partitions::Action::Drop { mode: mode(*dry_run) },
+        }
+    }
 }
 
 /// As [`migrate::Order`], for the command line.
@@ -124,6 +169,10 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         Command::Generate { folder } => {
             generate::run(Cli::command(), folder)?;
             ExitCode::SUCCESS
+        }
+        Command::Partitions { action } => {
+            let config = Config::load(&cli.config)?;
+            done(partitions::run(&config, &action.into(), &mut std::io::stdout())?)
         }
         Command::Demo { events, keep } => done(demo::run(DemoOptions { events: *events, keep: *keep })?),
     })

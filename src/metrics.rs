@@ -135,6 +135,23 @@ impl Metrics {
         self.0.lag.set(backlog.lag.as_secs_f64());
     }
 
+    /// The partitions were looked at: for how many days from now they are made, rows that fell beside them.
+    pub fn partitions(&self, days_ahead: f64, default_rows: u64) {
+        self.0.partitions_ahead.set(days_ahead);
+        self.0.default_rows.set(gauge_value(default_rows));
+    }
+
+    /// A round of upkeep was done.
+    pub fn upkeep_done(&self) {
+        self.0.last_upkeep.set(unix_seconds(SystemTime::now()));
+    }
+
+    /// Published events were deleted one by one, or with their partition (0 events, as they are not counted).
+    pub fn deleted(&self, events: u64, partitions: u64) {
+        self.0.deleted_events.inc_by(events);
+        self.0.dropped_partitions.inc_by(partitions);
+    }
+
     /// Connections of the pool: in use, idle, and how many it may have.
     pub fn pool(&self, busy: u32, idle: u32, max: u32) {
         self.0.pool_busy.set(i64::from(busy));
@@ -234,6 +251,11 @@ struct Series {
     retrying: IntGauge,
     dead: IntGauge,
     lag: Gauge,
+    partitions_ahead: Gauge,
+    default_rows: IntGauge,
+    last_upkeep: Gauge,
+    deleted_events: IntCounter,
+    dropped_partitions: IntCounter,
     pool_busy: IntGauge,
     pool_idle: IntGauge,
     pool_max: IntGauge,
@@ -286,6 +308,15 @@ impl Series {
             retrying: int_gauge(r, "outbox_retrying_events", "Events in retry, due or not."),
             dead: int_gauge(r, "outbox_dead_events", "Dead letters in the table."),
             lag: gauge(r, "outbox_lag_seconds", "Age of the oldest pending event; 0 if none is pending."),
+            partitions_ahead: gauge(r, "outbox_partitions_ahead_days", AHEAD_HELP),
+            default_rows: int_gauge(r, "outbox_default_partition_rows", DEFAULT_HELP),
+            last_upkeep: gauge(r, "outbox_upkeep_last_success_timestamp_seconds", UPKEEP_HELP),
+            deleted_events: counter(r, "outbox_events_deleted_total", DELETED_HELP),
+            dropped_partitions: counter(
+                r,
+                "outbox_partitions_dropped_total",
+                "Partitions dropped as too old.",
+            ),
             pool_busy: pool.with_label_values(&["busy"]),
             pool_idle: pool.with_label_values(&["idle"]),
             pool_max: int_gauge(
@@ -318,6 +349,14 @@ const SETTLE_HELP: &str = "Time to settle a claim: write its outcomes and commit
 const CLAIM_HELP: &str = "Time a claim is held, from its read to its commit.";
 const PENDING_HELP: &str =
     "Events neither published nor dead, as last measured; an estimate when there are many.";
+const AHEAD_HELP: &str =
+    "Days from now for which there are partitions without a gap; 0 if this month has none.";
+const DEFAULT_HELP: &str =
+    "Rows in the DEFAULT partition, where events fall whose month has none; counted up to 100000.";
+const UPKEEP_HELP: &str = "Unix time at which this instance last finished a round of upkeep of the partitions; \
+    0 if it has not since the start.";
+const DELETED_HELP: &str = "Published events deleted one by one as too old, not counting those that went with \
+    their partition.";
 const POSTGRES_HELP: &str = "Statements and connections that PostgreSQL refused, and connections that broke.";
 
 /// The process's own figures, under the names that every Prometheus client library uses.
@@ -474,6 +513,11 @@ mod tests {
             "outbox_outages_total",
             "outbox_postgres_errors_total",
             "outbox_last_publish_timestamp_seconds",
+            "outbox_partitions_ahead_days",
+            "outbox_default_partition_rows",
+            "outbox_upkeep_last_success_timestamp_seconds",
+            "outbox_events_deleted_total",
+            "outbox_partitions_dropped_total",
         ] {
             assert_eq!(value(&metrics, series), 0.0, "{series}");
         }

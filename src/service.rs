@@ -3,7 +3,7 @@
 //! ```text
 //!   wake-up ──wake──▸ claimer ──jobs──▸ worker-0..n ──▸ publisher (nats, writer) ──▸ NATS
 //!                        ▴                  │
-//!                        └───────free───────┘         janitor, sleep-lock, http
+//!                        └───────free───────┘         janitor, sleep-lock, upkeep, http
 //! ```
 //!
 //! Every channel is bounded. A thread that ends before it is told to, by error or panic, is a failure of the
@@ -31,7 +31,8 @@ use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Unanswered, Unsettled};
 use crate::publisher::Publisher;
-use crate::store::{ClaimSettings, Store};
+use crate::store::{ClaimSettings, Store, UPKEEP_STEP};
+use crate::upkeep::Upkeep;
 use crate::wakeup::{Doze, Sleeper, Wakeup};
 use crate::worker::{DrainCount, Worker};
 
@@ -65,7 +66,7 @@ pub struct Service {
     draining: Arc<AtomicBool>,
     drain: Arc<DrainCount>,
     shutdown_grace: Duration,
-    /// Dropped to stop claimer, wake-up, sleep lock, janitor and keeper.
+    /// Dropped to stop claimer, wake-up, sleep lock, janitor, upkeep and keeper.
     stop: Sender<Infallible>,
     /// Dropped last, to stop http.
     stop_http: Sender<Infallible>,
@@ -103,7 +104,8 @@ impl Service {
     pub fn start(config: Config) -> Result<Service> {
         let health = Health::default();
         let metrics = Metrics::new();
-        let Config { dispatcher, ordering, database, nats, metrics: http, logging: _ } = config.clone();
+        let Config { dispatcher, ordering, database, nats, metrics: http, partitions: _, logging: _ } =
+            config.clone();
         let live = Live::new(Settings::of(&config));
         let workers = dispatcher.workers;
         // A claim sends, waits for the last ack, and may probe twice as long again.
@@ -204,6 +206,14 @@ impl Service {
         };
         let stop_janitor = stopped.clone();
         threads.spawn("janitor", move || janitor.run(&stop_janitor))?;
+        let upkeep = Upkeep {
+            store: store.clone(),
+            live: live.clone(),
+            heartbeat: health.thread("upkeep", stuck + UPKEEP_STEP),
+            metrics: metrics.clone(),
+        };
+        let stop_upkeep = stopped.clone();
+        threads.spawn("upkeep", move || upkeep.run(&stop_upkeep))?;
         let service_store = store.clone();
         let claimer = Claimer {
             store,

@@ -1,5 +1,6 @@
-//! PostgreSQL: the only file that names `postgres` and `r2d2`. It owns the connection pool, the claim and its
-//! settling, the LISTEN connection, and the numbers that gauges show.
+//! PostgreSQL: with the files below `store/`, the only ones that name `postgres`, and the only one that names
+//! `r2d2`. It owns the connection pool, the claim and its settling, the LISTEN connection, and the numbers that
+//! gauges show.
 //!
 //! A claim is one open transaction. It locks lanes, then reads their events in a second statement, and stays
 //! open while they are published; the row locks on the lanes are what keeps every other claim off their keys,
@@ -11,6 +12,7 @@
 //! once. A connection that has seen any error is closed, never pooled again: what state its transaction is
 //! in, nobody knows. Dropping a claim rolls it back.
 
+mod partitions;
 mod wake;
 
 use std::collections::{HashMap, HashSet};
@@ -35,6 +37,9 @@ use crate::cursors::{self, Reading, Writer};
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 
+pub use self::partitions::{
+    Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
+};
 pub use self::wake::{Asked, Listener, SleepLock};
 
 /// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`.

@@ -20,6 +20,7 @@ mod harness_test;
 mod http;
 mod outages;
 mod package;
+mod partitions;
 mod rejections;
 mod reload;
 mod sandbox;

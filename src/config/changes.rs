@@ -4,7 +4,7 @@
 //! Pure, on the main thread, for a reload. Every field of the configuration stands in one of two lists; the
 //! patterns below have no `..`, so a new field does not compile until somebody has decided where it belongs.
 
-use super::{Config, Database, Dispatcher, JetStream, Logging, Metrics, Nats, Ordering};
+use super::{Config, Database, Dispatcher, JetStream, Logging, Metrics, Nats, Ordering, Partitions};
 
 /// What a reload found, as names of keys in the order of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,7 +37,7 @@ impl Config {
     /// Takes over from `new` what can change while running, and says what differs.
     pub fn take_live(&mut self, new: &Config) -> Changes {
         let mut changes = Changes::default();
-        let Config { dispatcher, ordering, database, nats, logging, metrics } = self;
+        let Config { dispatcher, ordering, database, nats, partitions, logging, metrics } = self;
         compare!(changes, dispatcher, &new.dispatcher, Dispatcher, "dispatcher",
             live { batch_size, max_attempts, backoff_initial, backoff_max }
             fixed { instance_id, poll_interval, fallback_interval, workers, shutdown_grace, claim_budget,
@@ -58,6 +58,8 @@ impl Config {
             live {}
             fixed { enabled, atomic_batches, stream_name, create, subjects, storage, replicas, duplicate_window }
             nested {});
+        compare!(changes, partitions, &new.partitions, Partitions, "partitions",
+            live { premake, retention } fixed {} nested {});
         compare!(changes, logging, &new.logging, Logging, "logging", live { level } fixed { format } nested {});
         compare!(changes, metrics, &new.metrics, Metrics, "metrics",
             live {} fixed { enabled, address, port, path } nested {});

@@ -171,13 +171,15 @@ nats:
     replicas: 5
     duplicate_window: 1h
   topic_map: { "a.*": b.* }
+partitions: { premake: 12, retention: 90d }
 logging: { level: TRACE, format: json }
 metrics: { enabled: false, address: "::1", port: 0, path: /m/x }
 "#;
 
 #[test]
 fn every_key_has_its_effect() {
-    let Config { dispatcher, ordering, database, nats, logging, metrics } = parse(EVERY_KEY).unwrap();
+    let Config { dispatcher, ordering, database, nats, partitions, logging, metrics } =
+        parse(EVERY_KEY).unwrap();
     let ms = Duration::from_millis;
     assert_eq!(dispatcher.instance_id, "two words");
     assert_eq!((dispatcher.batch_size, dispatcher.max_attempts, dispatcher.workers), (7, 8, 64));
@@ -205,6 +207,8 @@ fn every_key_has_its_effect() {
     assert!(!jetstream.atomic_batches);
     assert_eq!(jetstream.subjects, ["app.>", "*.b"]);
     assert_eq!((jetstream.storage, jetstream.duplicate_window), (Storage::Memory, ms(3_600_000)));
+    assert_eq!(partitions.premake, 12);
+    assert_eq!(partitions.retention, Some(Duration::from_secs(90 * 86_400)));
     assert_eq!((logging.level, logging.format), (log::LevelFilter::Trace, LogFormat::Json));
     assert_eq!((metrics.enabled, metrics.port, metrics.path.as_str()), (false, 0, "/m/x"));
     assert_eq!(metrics.address, "::1".parse::<IpAddr>().unwrap());
@@ -307,6 +311,15 @@ fn a_broken_value_is_named_with_its_line_and_what_is_allowed() {
         ),
         ("ordering:\n  strict: true", "3: ordering.strict: unknown key; allowed: enabled, on_dead"),
         ("ordering:\n  \"a b\": true", "3: ordering.\"a b\": unknown key; allowed: enabled, on_dead"),
+        (
+            "partitions:\n  retention: 30",
+            "14: partitions.retention: 30 has no unit; write 30s for seconds, or off",
+        ),
+        (
+            "partitions:\n  retention: 1h",
+            "14: partitions.retention: \"1h\" is too short; allowed: 1day to 100years, or off",
+        ),
+        ("partitions:\n  premake: 0", "12: partitions.premake: 0 is out of range; allowed: 1 to 120"),
         ("ordering:\n  7: true", "3: ordering.7: unknown key; allowed: enabled, on_dead"),
         ("ordering:\n  <<: 1", "3: ordering.\"<<\": merge keys are not supported; write the keys out"),
         ("loging: {}", "1: loging: unknown key; did you mean logging?"),

@@ -83,6 +83,17 @@ pub(super) fn duration(allowed: RangeInclusive<Duration>) -> impl Fn(&Node) -> R
     }
 }
 
+/// A duration, or `off` (`None`).
+pub(super) fn duration_or_off(
+    allowed: RangeInclusive<Duration>,
+) -> impl Fn(&Node) -> Result<Option<Duration>, String> {
+    let duration = duration(allowed);
+    move |node| match &node.value {
+        Value::Text(text) if text.eq_ignore_ascii_case("off") => Ok(None),
+        _ => duration(node).map(Some).map_err(|problem| problem + ", or off"),
+    }
+}
+
 /// Bytes, such as `512KiB`.
 pub(super) fn size(allowed: RangeInclusive<usize>) -> impl Fn(&Node) -> Result<usize, String> {
     const UNITS: [(&str, usize); 3] = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];

@@ -1,0 +1,211 @@
+//! Upkeep: makes the partitions of the months to come, and deletes what is older than the retention. The thread
+//! `upkeep`, on connections of its own, so that no claim waits for it.
+//!
+//! A round comes every [`ROUND`], and is done by whichever instance gets the turn (an advisory lock); the others skip
+//! it. First the missing partitions are made, which also moves what had fallen into the DEFAULT partition; then those
+//! are dropped that are too old as a whole; what is too old in the rest is deleted some blocks at a time, at most half
+//! of the time and for at most [`CLEAN_LIMIT`] a round. A pending event or a dead letter is never deleted, and keeps
+//! its partition. Whatever fails, locks that are not free included, waits for the next round: the partitions are made
+//! months ahead, and writers and claims come first.
+
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use crossbeam_channel::{Receiver, select};
+
+use crate::health::Heartbeat;
+use crate::live::Live;
+use crate::metrics::Metrics;
+use crate::store::{Dropped, Partitions, Store, StoreError, UpkeepTurn};
+
+/// Time between two rounds.
+const ROUND: Duration = Duration::from_secs(600);
+/// Time to the next round while PostgreSQL or the schema is not there.
+const RETRY: Duration = Duration::from_secs(10);
+/// Longest time that a round spends deleting single events.
+const CLEAN_LIMIT: Duration = Duration::from_secs(120);
+/// Time from the end of one pass over all old events to the next.
+const PASS_INTERVAL: Duration = Duration::from_secs(6 * 3_600);
+/// Shortest pause between two steps of deleting.
+const CLEAN_PAUSE: Duration = Duration::from_millis(10);
+/// SQLSTATE of a function that the role may not call.
+const NO_PRIVILEGE: &str = "42501";
+
+/// The thread.
+pub struct Upkeep {
+    /// Where the partitions are.
+    pub store: Store,
+    /// What is wanted, as of the round's beginning.
+    pub live: Live,
+    /// Its pulse.
+    pub heartbeat: Heartbeat,
+    /// Gauges.
+    pub metrics: Metrics,
+}
+
+/// How far the deleting of single events has come.
+#[derive(Default)]
+struct Pass {
+    /// Partitions that are still to be cleaned, the next one last.
+    left: Vec<String>,
+    /// Block of the next one to begin with.
+    block: i64,
+    /// When to begin the next pass.
+    next: Option<Instant>,
+}
+
+/// Whether there is to be another round.
+enum Next {
+    Round,
+    Stop,
+}
+
+impl Upkeep {
+    /// Runs until `stop` fires.
+    ///
+    /// # Errors
+    /// None of its own: what fails is tried again.
+    pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
+        let mut pass = Pass::default();
+        let mut said = String::new();
+        loop {
+            self.heartbeat.beat();
+            let pause = match self.round(&mut pass, stop) {
+                Ok(Next::Stop) => return Ok(()),
+                Ok(Next::Round) => {
+                    said.clear();
+                    // Instances that were started together take turns.
+                    ROUND.mul_f64(0.9 + 0.2 * fastrand::f64())
+                }
+                Err(error) => {
+                    self.say(&error, &mut said);
+                    RETRY
+                }
+            };
+            self.heartbeat.idle();
+            select! {
+                recv(stop) -> _ => return Ok(()),
+                default(pause) => {}
+            }
+        }
+    }
+
+    /// Says once why a round failed. That PostgreSQL is gone, the claimer says.
+    fn say(&self, error: &StoreError, said: &mut String) {
+        let text = error.to_string();
+        if error.is_outage() || *said == text {
+            log::debug!("upkeep failed, will retry: next={RETRY:?}: {text}");
+            return;
+        }
+        let hint = match error.sqlstate() {
+            Some(NO_PRIVILEGE) => "; grant the service's role EXECUTE on the functions outbox_*partition*",
+            _ => "",
+        };
+        log::warn!("upkeep of the partitions failed, will retry: next={RETRY:?}: {text}{hint}");
+        *said = text;
+    }
+
+    fn round(&self, pass: &mut Pass, stop: &Receiver<Infallible>) -> Result<Next, StoreError> {
+        let turn = self.store.upkeep_turn()?;
+        let mut partitions = self.store.partitions()?;
+        let mut next = Next::Round;
+        if let Some(turn) = turn {
+            let live = self.live.now();
+            self.create(&mut partitions, live.partitions.premake)?;
+            if let Some(retention) = live.partitions.retention {
+                self.drop_old(&mut partitions, retention)?;
+                next = self.clean(&mut partitions, retention, pass, &turn, stop)?;
+            }
+            self.metrics.upkeep_done();
+        } else {
+            log::debug!("upkeep skipped: another instance is at it");
+        }
+        let state = partitions.state()?;
+        self.metrics.partitions(state.days_ahead, state.default_rows.unsigned_abs());
+        Ok(next)
+    }
+
+    fn create(&self, partitions: &mut Partitions, premake: u32) -> Result<(), StoreError> {
+        for month in partitions.missing(premake)? {
+            self.heartbeat.beat();
+            let name = partitions.create(&month)?;
+            log::info!("partition made: partition={name}");
+        }
+        Ok(())
+    }
+
+    fn drop_old(&self, partitions: &mut Partitions, retention: Duration) -> Result<(), StoreError> {
+        for partition in partitions.list(Some(retention))? {
+            if !partition.is_old {
+                continue;
+            }
+            self.heartbeat.beat();
+            let name = &partition.name;
+            match partitions.drop(name, retention)? {
+                Dropped::Dropped => {
+                    self.metrics.deleted(0, 1);
+                    log::info!("partition dropped: partition={name} bytes={}", partition.bytes);
+                }
+                Dropped::Young => {}
+                Dropped::Pending => log::info!("partition kept: partition={name}: it has pending events"),
+                Dropped::Dead => {
+                    log::info!(
+                        "partition kept: partition={name}: it has dead letters; retry or discard them"
+                    );
+                }
+                Dropped::Locked => {
+                    log::info!("partition kept, will retry: partition={name}: its locks were not free");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with the pass over the old events, for as long as a round may.
+    fn clean(
+        &self,
+        partitions: &mut Partitions,
+        retention: Duration,
+        pass: &mut Pass,
+        turn: &UpkeepTurn,
+        stop: &Receiver<Infallible>,
+    ) -> Result<Next, StoreError> {
+        let until = Instant::now() + CLEAN_LIMIT;
+        if pass.left.is_empty() {
+            if pass.next.is_some_and(|next| Instant::now() < next) {
+                return Ok(Next::Round);
+            }
+            let listed = partitions.list(Some(retention))?;
+            let old =
+                listed.into_iter().filter(|partition| partition.has_old).map(|partition| partition.name);
+            *pass = Pass { left: old.rev().collect(), block: 0, next: None };
+        }
+        while let Some(name) = pass.left.last() {
+            if Instant::now() >= until || !turn.is_ours() {
+                return Ok(Next::Round);
+            }
+            self.heartbeat.beat();
+            let started = Instant::now();
+            let cleaned = match partitions.clean(name, pass.block, retention) {
+                Ok(cleaned) => cleaned,
+                Err(error) => {
+                    // It may have been dropped meanwhile; the next pass begins anew.
+                    *pass = Pass::default();
+                    return Err(error);
+                }
+            };
+            self.metrics.deleted(cleaned.deleted.unsigned_abs(), 0);
+            pass.block = cleaned.next_block.unwrap_or(0);
+            if cleaned.next_block.is_none() {
+                pass.left.pop();
+            }
+            select! {
+                recv(stop) -> _ => return Ok(Next::Stop),
+                default(started.elapsed().max(CLEAN_PAUSE)) => {}
+            }
+        }
+        pass.next = Some(Instant::now() + PASS_INTERVAL);
+        Ok(Next::Round)
+    }
+}
