@@ -120,6 +120,22 @@ pub struct StreamFacts {
     pub max_bytes: Option<usize>,
     /// Whether the stream takes atomic batches (nats-server 2.12 and later, `allow_atomic`).
     pub allow_atomic: bool,
+    /// What it holds.
+    pub state: StreamState,
+}
+
+/// What a stream holds, from the same answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, serde::Serialize)]
+pub struct StreamState {
+    /// Messages it holds.
+    pub messages: u64,
+    /// Bytes it holds.
+    pub bytes: u64,
+    /// Sequence number of its last message: how many it ever stored.
+    pub last_seq: u64,
+    /// Consumers it has.
+    #[serde(default)]
+    pub consumer_count: u64,
 }
 
 impl StreamFacts {
@@ -134,6 +150,7 @@ struct StreamInfo {
     error: Option<ApiError>,
     config: Option<StreamConfig>,
     cluster: Option<Cluster>,
+    state: Option<StreamState>,
 }
 
 #[derive(Deserialize)]
@@ -183,18 +200,19 @@ pub fn stream_answer(body: &[u8], no_responders: bool, stream: &str) -> Result<S
         StreamInfo { config: Some(StreamConfig { mirror: Some(_), .. }), .. } => {
             Err(format!("stream {stream} is a mirror: publish to the stream that it mirrors"))
         }
-        StreamInfo { config: Some(config), .. } => Ok(facts(config)),
+        StreamInfo { config: Some(config), state, .. } => Ok(facts(config, state.unwrap_or_default())),
         StreamInfo { config: None, .. } => Err(format!("JetStream says nothing of stream {stream}")),
     }
 }
 
-fn facts(config: StreamConfig) -> StreamFacts {
+fn facts(config: StreamConfig, state: StreamState) -> StreamFacts {
     let limit = |value: i64| usize::try_from(value).ok().filter(|&limit| limit > 0);
     StreamFacts {
         max_msg_size: limit(config.max_msg_size),
         max_bytes: limit(config.max_bytes),
         allow_atomic: config.allow_atomic,
         subjects: config.subjects,
+        state,
     }
 }
 

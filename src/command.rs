@@ -7,3 +7,4 @@ pub mod generate;
 pub mod migrate;
 pub mod partitions;
 pub mod run;
+pub mod status;

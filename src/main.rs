@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use pg_outbox::command::demo::{self, DemoOptions};
-use pg_outbox::command::{check, generate, migrate, partitions, run};
+use pg_outbox::command::{check, generate, migrate, partitions, run, status};
 use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
 
 const FAILED: u8 = 1;
@@ -57,6 +57,15 @@ enum Command {
         /// What makes events wait for each other; chosen once, by the first migration (then: key).
         #[arg(long, value_enum)]
         order: Option<Order>,
+    },
+    /// Show what waits, what flows and what is in the way: one screen, asked of both servers.
+    Status {
+        /// Show it again every two seconds, until Ctrl-C.
+        #[arg(long)]
+        watch: bool,
+        /// As JSON, one object on one line.
+        #[arg(long)]
+        json: bool,
     },
     /// List, make and drop the monthly partitions. The daemon does the same by itself.
     Partitions {
@@ -169,6 +178,12 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         Command::Generate { folder } => {
             generate::run(Cli::command(), folder)?;
             ExitCode::SUCCESS
+        }
+        Command::Status { watch, json } => {
+            let config = Config::load(&cli.config)?;
+            let format = if *json { status::Format::Json } else { status::Format::Table };
+            let times = if *watch { status::Times::ForEver } else { status::Times::Once };
+            done(status::run(&config, format, times, &mut std::io::stdout())?)
         }
         Command::Partitions { action } => {
             let config = Config::load(&cli.config)?;

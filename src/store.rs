@@ -12,6 +12,7 @@
 //! once. A connection that has seen any error is closed, never pooled again: what state its transaction is
 //! in, nobody knows. Dropping a claim rolls it back.
 
+mod overview;
 mod partitions;
 mod wake;
 
@@ -37,6 +38,7 @@ use crate::cursors::{self, Reading, Writer};
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 
+pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Topic};
 pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
 };

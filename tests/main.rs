@@ -25,5 +25,6 @@ mod rejections;
 mod reload;
 mod sandbox;
 mod schema;
+mod status;
 mod systemd;
 mod wakeup;

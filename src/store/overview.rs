@@ -1,0 +1,179 @@
+//! What an operator wants to see of the outbox: for `pg-outbox status`, and a part of it for the janitor's gauges.
+//!
+//! Each is one reading statement over a pooled connection, with a limit on its time and on what it returns. Nothing
+//! here takes a lock that a claim or a writer could meet, and nothing reads a payload.
+
+use super::{BACKLOG_TIMEOUT, Query, Store, StoreError, first, read_all};
+
+/// A topic and what waits of it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Topic {
+    /// Its name.
+    pub topic: String,
+    /// Events pending, those in retry included.
+    pub pending: i64,
+    /// Events in retry.
+    pub retrying: i64,
+    /// Dead letters.
+    pub dead: i64,
+}
+
+/// A key that an event in retry or a dead letter holds back.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct BlockedKey {
+    /// The key.
+    pub key: String,
+    /// `seq` of the first event that holds it.
+    pub seq: i64,
+    /// How many events hold it.
+    pub events: i64,
+    /// They are dead letters; else they are in retry.
+    pub dead: bool,
+    /// Why the first one failed.
+    pub reason: String,
+}
+
+/// An instance that is connected.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Instance {
+    /// `dispatcher.instance_id`.
+    pub name: String,
+    /// Its connections.
+    pub connections: i64,
+    /// Those of them with a transaction open.
+    pub open: i64,
+    /// Lanes that its claims hold.
+    pub lanes: i64,
+}
+
+/// A transaction that keeps vacuum away.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct OpenTransaction {
+    /// `session 4711` (the backend's process id) or `prepared transaction x`.
+    pub what: String,
+    /// `application_name`.
+    pub application: String,
+    /// Its role.
+    pub role: String,
+    /// `active`, `idle in transaction`, `prepared`.
+    pub state: String,
+    /// How long it has been open, in seconds.
+    pub seconds: f64,
+}
+
+/// A dead letter, without its content.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct DeadLetter {
+    /// Id of the event.
+    pub id: String,
+    /// Its place in the order.
+    pub seq: i64,
+    /// Its topic.
+    pub topic: String,
+    /// Attempts that were made.
+    pub attempts: i32,
+    /// Why the last one failed.
+    pub reason: String,
+    /// When it became one, in milliseconds since 1970.
+    pub dead_at_ms: i64,
+}
+
+impl Store {
+    /// The `most` topics of which most waits.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach, refuses, or needed more than 10 s.
+    pub fn topics(&self, most: i64) -> Result<Vec<Topic>, StoreError> {
+        read_all(&self.read(BACKLOG_TIMEOUT, &TOPICS, &[&most])?, |row| {
+            Ok(Topic {
+                topic: row.try_get(0)?,
+                pending: row.try_get(1)?,
+                retrying: row.try_get(2)?,
+                dead: row.try_get(3)?,
+            })
+        })
+    }
+
+    /// The `most` keys that have been held back for longest; by dead letters too where the store blocks on those.
+    ///
+    /// # Errors
+    /// As [`Store::topics`].
+    pub fn blocked_keys(&self, most: i64) -> Result<Vec<BlockedKey>, StoreError> {
+        let blocks = self.shared.settings.ordered && self.shared.settings.block_on_dead;
+        read_all(&self.read(BACKLOG_TIMEOUT, &BLOCKED_KEYS, &[&blocks, &most])?, |row| {
+            Ok(BlockedKey {
+                key: row.try_get(0)?,
+                seq: row.try_get(1)?,
+                events: row.try_get(2)?,
+                dead: row.try_get(3)?,
+                reason: row.try_get(4)?,
+            })
+        })
+    }
+
+    /// The instances that are connected to this database, by their `application_name`.
+    ///
+    /// # Errors
+    /// As [`Store::topics`].
+    pub fn instances(&self) -> Result<Vec<Instance>, StoreError> {
+        read_all(&self.read(BACKLOG_TIMEOUT, &INSTANCES, &[])?, |row| {
+            Ok(Instance {
+                name: row.try_get(0)?,
+                connections: row.try_get(1)?,
+                open: row.try_get(2)?,
+                lanes: row.try_get(3)?,
+            })
+        })
+    }
+
+    /// The transaction that has kept vacuum away for longest, as far as our role may see.
+    ///
+    /// # Errors
+    /// As [`Store::topics`].
+    pub fn oldest_transaction(&self) -> Result<Option<OpenTransaction>, StoreError> {
+        let rows = self.read(BACKLOG_TIMEOUT, &OLDEST_TRANSACTION, &[])?;
+        let found = read_all(&rows, |row| {
+            Ok(OpenTransaction {
+                what: row.try_get(0)?,
+                application: row.try_get(1)?,
+                role: row.try_get(2)?,
+                state: row.try_get(3)?,
+                seconds: row.try_get(4)?,
+            })
+        })?;
+        Ok(found.into_iter().next())
+    }
+
+    /// The `most` newest dead letters. Costs as much as there are dead letters.
+    ///
+    /// # Errors
+    /// As [`Store::topics`].
+    pub fn newest_dead(&self, most: i64) -> Result<Vec<DeadLetter>, StoreError> {
+        read_all(&self.read(BACKLOG_TIMEOUT, &NEWEST_DEAD, &[&most])?, |row| {
+            Ok(DeadLetter {
+                id: row.try_get(0)?,
+                seq: row.try_get(1)?,
+                topic: row.try_get(2)?,
+                attempts: row.try_get(3)?,
+                reason: row.try_get(4)?,
+                dead_at_ms: row.try_get(5)?,
+            })
+        })
+    }
+
+    /// How many events were ever written, rolled back ones included; its growth is the writers' rate.
+    ///
+    /// # Errors
+    /// As [`Store::topics`].
+    pub fn written(&self) -> Result<i64, StoreError> {
+        first(&self.read(BACKLOG_TIMEOUT, &WRITTEN, &[])?, |row| row.try_get(0))
+    }
+}
+
+const TOPICS: Query = Query { name: "topics", text: include_str!("topics.sql") };
+const BLOCKED_KEYS: Query = Query { name: "blocked_keys", text: include_str!("blocked_keys.sql") };
+const INSTANCES: Query = Query { name: "instances", text: include_str!("instances.sql") };
+const OLDEST_TRANSACTION: Query =
+    Query { name: "oldest_transaction", text: include_str!("oldest_transaction.sql") };
+const NEWEST_DEAD: Query = Query { name: "newest_dead", text: include_str!("newest_dead.sql") };
+const WRITTEN: Query = Query { name: "written", text: include_str!("written.sql") };
