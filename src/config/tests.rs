@@ -228,6 +228,8 @@ fn every_key_changes_live_or_takes_a_restart() {
             "dispatcher.backoff_max",
             "nats.allow_headers",
             "nats.topic_map",
+            "partitions.premake",
+            "partitions.retention",
             "logging.level"
         ]
     );
