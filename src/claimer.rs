@@ -7,8 +7,8 @@
 //!
 //! An empty look lets it rest until something may have changed: a wake-up; a worker that finished (its lanes were
 //! locked, so events that were committed meanwhile could not be claimed); the next retry that falls due; or the
-//! poll. When the events that are left lie in lanes that somebody else has locked, it looks again after
-//! `poll_interval`: should that instance die, its lanes come free without any notification. Before a long rest it
+//! poll. While somebody has claims open it looks again soon, after `poll_interval` at the latest: should that
+//! instance die, its lanes come free without any notification. Before a long rest it
 //! looks once from the beginning of every lane, whatever the cursors say.
 //!
 //! It never gives up on the database: it says once that claims fail, and once that they work again.
