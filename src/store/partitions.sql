@@ -3,7 +3,11 @@
 -- (NULL: none yet), what keeps it from being dropped, whether it is as a whole older than the retention, and whether it
 -- may have older events at all.
 --
+-- The table itself is locked first, by being named: whoever wants all of it for himself waits here, and cannot come
+-- between the partitions, which are looked into one by one, for a deadlock.
+--
 -- $1 bigint: the retention in seconds; NULL: nothing is too old.
+  WITH parent AS (SELECT FROM outboxes LIMIT 0)
 SELECT p.partition::text,
        to_char(nullif(p.lower_bound, '-infinity') AT TIME ZONE 'UTC', 'YYYY-MM-DD'),
        to_char(nullif(p.upper_bound, 'infinity') AT TIME ZONE 'UTC', 'YYYY-MM-DD'),
