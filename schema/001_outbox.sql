@@ -202,13 +202,26 @@ BEGIN
 
     -- Partitions and retention ---------------------------------------------------------------------------
 
+    -- Takes all lanes for the rest of the transaction: when it returns, no claim is open, and none begins. Claims
+    -- pass over lanes that are taken, so nobody queues behind this, and writers notice nothing. A claim that is open
+    -- is waited for, 1 s for each at most (then: lock_not_available).
+    CREATE FUNCTION outbox_hold_lanes() RETURNS void
+    LANGUAGE plpgsql
+    SET lock_timeout = '1s'
+    AS $body$
+    BEGIN
+        PERFORM FROM outbox_lanes ORDER BY lane FOR UPDATE;
+    END
+    $body$;
+
     -- Makes the partition of the month that `month` lies in, and returns its name; does nothing when it is
     -- there. Months begin at midnight UTC whatever the session's time zone.
     --
     -- CREATE TABLE ... PARTITION OF would wait behind every open claim, with new claims queueing behind it.
     -- Here the table is made aside, and only the last step needs a lock that claims are in the way of (on
-    -- the DEFAULT partition; inserts into other partitions never wait). That is tried for 250 ms at a time
-    -- with pauses in between, in which claims go on, and given up with an error after 8 tries.
+    -- the DEFAULT partition; inserts into other partitions never wait). So claims are waited for first. Then the
+    -- lock is tried for 250 ms at a time with pauses in between, in which claims and writers go on, and given up
+    -- with an error after 8 tries.
     --
     -- Rows of that month which are in the DEFAULT partition move in the same transaction. While they move,
     -- and while ATTACH reads the rest of DEFAULT to see that none is left, claims wait; a CHECK constraint
@@ -268,6 +281,9 @@ BEGIN
 
         FOR try IN 1 .. tries LOOP
             BEGIN
+                IF parent_table = to_regclass('outboxes') THEN
+                    PERFORM outbox_hold_lanes();
+                END IF;
                 IF default_partition IS NOT NULL THEN
                     IF lower_bound <= clock_timestamp() THEN
                         EXECUTE format('LOCK TABLE ONLY %s IN SHARE ROW EXCLUSIVE MODE', parent_table);
@@ -473,8 +489,9 @@ BEGIN
     -- free in 8 tries.
     --
     -- Detaching needs the whole table for an instant. (DETACH CONCURRENTLY would not, but is not allowed beside
-    -- a DEFAULT partition.) A waiting request for that lock holds up everybody who comes after it, so it is
-    -- given up after 100 ms, and tried again after a pause in which others go on. What the partition holds is
+    -- a DEFAULT partition.) Claims are waited for before that, which holds up nobody. A waiting request for the
+    -- table holds up everybody who comes after it, so it is given up after 100 ms, and tried again after a pause
+    -- in which others go on. What the partition holds is
     -- looked at under the lock, when no insert and no operator can change it any more.
     CREATE FUNCTION outbox_drop_partition(partition name, retention interval) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER
@@ -504,6 +521,7 @@ BEGIN
                 RETURN holds;
             END IF;
             BEGIN
+                PERFORM outbox_hold_lanes();
                 EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', parent);
                 EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', target);
                 holds := outbox_partition_holds(partition);
@@ -566,7 +584,7 @@ BEGIN
     FOR function IN
         SELECT p.oid::regprocedure::text FROM pg_proc p
          WHERE p.pronamespace = current_schema()::regnamespace
-           AND p.proname IN ('create_monthly_partition', 'cleanup_old_outbox_events', 'outbox_partitions',
+           AND p.proname IN ('outbox_hold_lanes', 'create_monthly_partition', 'cleanup_old_outbox_events', 'outbox_partitions',
                              'outbox_partition_holds', 'outbox_partition_state', 'outbox_missing_partitions',
                              'outbox_create_partition', 'outbox_drop_partition', 'outbox_clean_partition')
     LOOP
@@ -613,6 +631,7 @@ BEGIN
     COMMENT ON FUNCTION outbox_key(text, jsonb) IS 'The ordering key of an event';
     COMMENT ON FUNCTION outbox_lane(text, jsonb) IS 'The lane of an event''s key, 0 to 63';
     COMMENT ON FUNCTION outbox_notify() IS 'Wakes pg-outbox up when the transaction commits, if it sleeps';
+    COMMENT ON FUNCTION outbox_hold_lanes() IS 'Waits for the open claims, and lets none begin until the transaction ends';
     COMMENT ON FUNCTION create_monthly_partition(text, date) IS
         'Makes the partition for the month of the date (UTC) if it is missing, and returns its name';
     COMMENT ON FUNCTION cleanup_old_outbox_events(int) IS
