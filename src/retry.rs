@@ -17,7 +17,8 @@ pub const MAX_UNANSWERED: u32 = 3;
 pub const MAX_ERROR_CHARS: usize = 1_000;
 
 const OUTAGE_PAUSE_FIRST: Duration = Duration::from_secs(1);
-const OUTAGE_PAUSE_LONGEST: Duration = Duration::from_secs(30);
+/// A try costs a connect and two small messages, so what bounds it is how soon after its end an outage should be noticed.
+const OUTAGE_PAUSE_LONGEST: Duration = Duration::from_secs(5);
 /// Full jitter may draw next to nothing; below this a pause would be a busy loop.
 const OUTAGE_PAUSE_SHORTEST: Duration = Duration::from_millis(100);
 
@@ -79,7 +80,7 @@ pub fn decide(failure: &Failure, attempts_before: u32, policy: &Policy, jitter: 
 }
 
 /// How long publishing pauses during an outage before try number `tries` (0 for the first one): up to 1 s,
-/// doubling to 30 s, all of it drawn by `jitter` (0 to 1), as a fleet of instances lost NATS at one moment
+/// doubling to 5 s, all of it drawn by `jitter` (0 to 1), as a fleet of instances lost NATS at one moment
 /// and must not return at one moment; never under 100 ms.
 pub fn outage_backoff(tries: u32, jitter: f64) -> Duration {
     let ceiling = doubled(OUTAGE_PAUSE_FIRST, tries, OUTAGE_PAUSE_LONGEST);
@@ -185,16 +186,16 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_pauses_from_a_tenth_of_a_second_to_thirty() {
+    fn an_outage_pauses_from_a_tenth_of_a_second_to_five() {
         let cases = [
             (0, 1.0, 1_000),
             (0, 0.5, 500),
             (0, 0.0, 100),
             (1, 1.0, 2_000),
-            (4, 1.0, 16_000),
-            (5, 1.0, 30_000),
-            (5, 0.1, 3_000),
-            (u32::MAX, 1.0, 30_000),
+            (2, 1.0, 4_000),
+            (3, 1.0, 5_000),
+            (5, 0.1, 500),
+            (u32::MAX, 1.0, 5_000),
             (u32::MAX, 0.0, 100),
         ];
         for (tries, jitter, expected_ms) in cases {
