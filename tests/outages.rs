@@ -1,5 +1,6 @@
 //! Outages of either server under load: nothing is lost, no event is charged, and nobody has to help.
 
+use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -245,6 +246,24 @@ fn no_nats_server_at_the_start_ends_the_daemon_after_its_attempts() {
     assert!(started.elapsed() >= Duration::from_millis(600), "three attempts have two pauses between them");
     let log = daemon.log();
     assert!(log.contains("attempt=1/3") && log.contains("after 3 attempts"), "{log}");
+}
+
+#[test]
+fn one_server_of_several_is_enough() {
+    let (db, stream) = (database(), stream());
+    let urls: Vec<String> = (0..3)
+        .map(|_| {
+            // Nobody listens on a port that was free a moment ago.
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            format!("nats://127.0.0.1:{port}")
+        })
+        .chain([stream.url.clone()])
+        .collect();
+    let config = Config::new(&db, &stream).set("nats.url", urls.join(",")).set("nats.max_retries", 1);
+    let daemon = Daemon::start(&config);
+    daemon.wait_ready();
+    db.event("order.placed", "k", "{}");
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
 }
 
 #[test]

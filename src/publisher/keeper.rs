@@ -26,6 +26,8 @@ const IDLE_CHECK: Duration = Duration::from_secs(5);
 /// Times `nats.connect_timeout` that one dial may take: a connect and a greeting for each of a few addresses, the
 /// crate's own connect, and the first echo.
 const DIAL_WAITS: u32 = 8;
+/// Servers that are tried, one after the other, before an attempt to connect has failed.
+const DIALS_MAX: usize = 5;
 /// Times `nats.ack_timeout` that one check may take: a probe, and creating the stream.
 const CHECK_WAITS: u32 = 2;
 /// Without a beat for so much longer than those, the thread counts as stuck.
@@ -64,7 +66,8 @@ impl Keeper {
     /// When none of the first `nats.max_retries` attempts to connect succeeds, and when too many attempts hang.
     pub fn run(mut self, stop: &Receiver<Infallible>) -> Result<()> {
         let settings = &self.shared().settings;
-        let lawful = DIAL_WAITS * settings.connect_timeout + CHECK_WAITS * settings.ack_timeout;
+        let lawful =
+            DIALS_MAX as u32 * DIAL_WAITS * settings.connect_timeout + CHECK_WAITS * settings.ack_timeout;
         let heartbeat = self.shared().health.thread("nats", lawful + STUCK);
         if !self.first_link(stop)? {
             return Ok(());
@@ -92,15 +95,7 @@ impl Keeper {
     /// # Errors
     /// Why no server takes us, or the one that did does not answer.
     pub fn survey(mut self) -> Result<Survey> {
-        let configured = self.servers.len();
-        let mut dialled = self.dial();
-        for _ in 1..configured {
-            if dialled.is_ok() {
-                break;
-            }
-            dialled = self.dial();
-        }
-        dialled?;
+        self.dial()?;
         let slot = self.shared().slots - 1;
         let session = self.publisher.session(slot).map_err(|cause| anyhow!(cause))?;
         let deadline = Instant::now() + self.shared().settings.ack_timeout;
@@ -234,8 +229,23 @@ impl Keeper {
         let _ = self.shared().gate_opened.0.try_send(());
     }
 
-    /// Connects to the next known server and makes the result the present link.
+    /// Connects to the first known server that takes us, of all in turn.
+    ///
+    /// # Errors
+    /// What the last one said.
     fn dial(&mut self) -> Result<()> {
+        let others = self.servers.len().min(DIALS_MAX) - 1;
+        let mut dialled = self.dial_next();
+        for _ in 0..others {
+            let Err(error) = dialled else { break };
+            log::debug!("not connected, trying the next server: {error:#}");
+            dialled = self.dial_next();
+        }
+        dialled
+    }
+
+    /// Connects to the next known server and makes the result the present link.
+    fn dial_next(&mut self) -> Result<()> {
         let server = self
             .servers
             .iter()
