@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use pg_outbox::sandbox::Stop;
 use serde_json::json;
 
-use crate::harness::daemon::{listening, sum_of_samples};
+use crate::harness::daemon::{Daemon, listening, sum_of_samples};
 use crate::harness::database::start_postgres;
 use crate::harness::proxy::{Flow, Proxy, Way};
 use crate::harness::wire::{Client, Message};
 use crate::harness::workload::writers_until;
 use crate::harness::{
     self, Committed, Evident, History, Row, RowState, Stored, Table, TestDb, Verdict, Workload, check_all,
-    check_history, wait_until,
+    check_history, secrets, wait_until,
 };
 
 fn committed() -> Vec<Committed> {
@@ -347,4 +347,31 @@ fn a_stored_header_is_found_by_its_whole_name() {
         payload: Vec::new(),
     };
     assert_eq!(Stored::new(1, message).msg_id, "right");
+}
+
+#[test]
+fn a_secret_that_is_printed_fails_the_test_and_is_not_shown_again() {
+    // Built here, so that it stands in no output before it is planted.
+    let secret = ["planted", "for", "this"].join("-");
+    secrets::plant_value("url", &format!("nats://a:1,nats://user:{secret}@b:2"));
+    for stream in ["1", "2"] {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "cat - >&$STREAM; exec sleep 600"]).env("STREAM", stream);
+        let (input, mut written) = std::io::pipe().unwrap();
+        command.stdin(input);
+        std::io::Write::write_all(
+            &mut written,
+            format!("first\nlog in as user:{secret} failed\n").as_bytes(),
+        )
+        .unwrap();
+        drop(written);
+        let daemon = Daemon::run(command);
+        let printed = || daemon.log() + &daemon.stdout();
+        wait_until("it has printed", Duration::from_secs(10), &[], || printed().contains("failed"));
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(daemon))).unwrap_err();
+        let said = caught.downcast_ref::<String>().unwrap();
+        assert!(said.contains("line 2") && said.contains("log in as user:*** failed"), "{said}");
+        assert!(!said.contains(&secret), "{said}");
+    }
+    assert!(secrets::shown_in("here", "nothing of it").is_none());
 }

@@ -197,7 +197,7 @@ fn users_of_a_reload(allow: &str) -> String {
     format!(
         r#"authorization {{ users = [
             {{ user: admin, password: admin }}
-            {{ user: outbox, password: outbox, permissions: {{
+            {{ user: outbox, password: "s3cret!", permissions: {{
                 publish: {{ allow: [{allow}"*.order.>", "_INBOX.>", "$JS.API.STREAM.INFO.*"] }}
                 subscribe: ["_INBOX.>"] }} }} ] }}"#
     )
@@ -215,7 +215,7 @@ fn a_permission_that_was_given_is_not_denied_by_an_old_denial() {
     let admin = nats.url().replace("nats://", "nats://admin:admin@");
     let stream = TestStream::on(&admin, &json!({}));
     let config = quick_backoff(Config::new(&db, &stream))
-        .set("nats.url", nats.url().replace("nats://", "nats://outbox:outbox@"))
+        .set("nats.url", nats.url().replace("nats://", "nats://outbox:s3cret!@"))
         .set("dispatcher.max_attempts", 1000);
     let daemon = Daemon::start(&config);
     daemon.wait_ready();

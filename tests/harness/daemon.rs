@@ -1,18 +1,20 @@
 //! The built program as an operator runs it: a config file, a process, its log, its endpoints, its exit code.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use pg_outbox::sandbox::Guard;
 use rustix::process::{Pid, Signal};
 use serde_yaml::Value;
 
-use super::{Evidence, TestDb, TestStream, unique, wait_until};
+use super::{Evidence, TestDb, TestStream, secrets, unique, wait_until};
 
 /// Longest wait for the log line that says where the program listens.
 const LISTEN_LIMIT: Duration = Duration::from_secs(20);
@@ -64,6 +66,10 @@ impl Config {
 
     /// Sets a key that has dots of its own, below the section at `path`.
     pub fn set_in(mut self, path: &str, key: &str, value: impl Into<Value>) -> Config {
+        let value = value.into();
+        if let Some(text) = value.as_str() {
+            secrets::plant_value(key, text);
+        }
         let mut section = &mut self.0;
         for name in path.split('.') {
             section = section
@@ -72,7 +78,7 @@ impl Config {
                 .entry(name.into())
                 .or_insert_with(|| Value::Mapping(serde_yaml::Mapping::new()));
         }
-        section.as_mapping_mut().unwrap().insert(key.into(), value.into());
+        section.as_mapping_mut().unwrap().insert(key.into(), value);
         self
     }
 
@@ -94,16 +100,59 @@ impl Config {
 }
 
 /// A command of the built program, in an environment without our variables.
-pub fn pg_outbox() -> Command {
+pub fn pg_outbox() -> Program {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pg-outbox"));
     for name in CLEARED_VARIABLES {
         command.env_remove(name);
     }
     command.stdin(Stdio::null());
-    command
+    Program(command)
 }
 
-/// `pg-outbox run`. Dropping it kills it.
+/// A command whose output is searched for planted secrets.
+pub struct Program(Command);
+
+impl Program {
+    pub fn arg(&mut self, argument: impl AsRef<OsStr>) -> &mut Program {
+        self.0.arg(argument);
+        self
+    }
+
+    pub fn args(&mut self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> &mut Program {
+        self.0.args(arguments);
+        self
+    }
+
+    pub fn env(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Program {
+        self.0.env(name, value);
+        self
+    }
+
+    /// Runs it to its end.
+    #[track_caller]
+    pub fn output(&mut self) -> std::io::Result<Output> {
+        let output = self.0.output()?;
+        secrets::assert_none_in("stdout of a command", &String::from_utf8_lossy(&output.stdout));
+        secrets::assert_none_in("stderr of a command", &String::from_utf8_lossy(&output.stderr));
+        Ok(output)
+    }
+}
+
+impl Deref for Program {
+    type Target = Command;
+
+    fn deref(&self) -> &Command {
+        &self.0
+    }
+}
+
+impl DerefMut for Program {
+    fn deref_mut(&mut self) -> &mut Command {
+        &mut self.0
+    }
+}
+
+/// `pg-outbox run`. Dropping it kills it, and searches what it printed for planted secrets.
 pub struct Daemon {
     child: Child,
     guard: Guard,
@@ -129,7 +178,7 @@ impl Daemon {
         let mut command = pg_outbox();
         command.args(["run", "--config"]).arg(&config);
         adjust(&mut command);
-        Daemon::launch(command, folder, guard)
+        Daemon::launch(command.0, folder, guard)
     }
 
     /// Runs `command`, which is the program in some shape, with nothing of ours but its output in files.
@@ -267,6 +316,18 @@ impl Daemon {
         sum_of_samples(&text, name).unwrap_or_else(|| panic!("no metric {name} in\n{text}"))
     }
 
+    /// Where it shows a planted secret: in its log, on stdout, or to `ps`.
+    fn shown_secret(&self) -> Option<String> {
+        let command_line = fs::read(format!("/proc/{}/cmdline", self.child.id())).unwrap_or_default();
+        let read = |name: &str| fs::read(self.folder.join(name)).unwrap_or_default();
+        let places = [
+            ("the daemon's log", read("stderr")),
+            ("the daemon's stdout", read("stdout")),
+            ("the daemon's command line", command_line),
+        ];
+        places.iter().find_map(|(place, bytes)| secrets::shown_in(place, &String::from_utf8_lossy(bytes)))
+    }
+
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).unwrap();
         rustix::process::kill_process(pid, signal).unwrap();
@@ -275,8 +336,15 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let shown = self.shown_secret();
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // What failed first is what the test is told.
+        if let Some(found) = shown
+            && !std::thread::panicking()
+        {
+            panic!("{found}");
+        }
     }
 }
 
@@ -304,6 +372,7 @@ pub fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
+    secrets::assert_none_in(&format!("the answer to GET {path}"), &answer);
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
     Ok((status, body.to_owned()))

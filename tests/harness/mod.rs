@@ -4,7 +4,8 @@
 //! needs them. Everything ends with the process that runs the tests, in whatever way it ends: the sandbox's guards
 //! see to the servers and to every daemon. Waiting is done by [`wait_until`] alone, with a deadline that explains
 //! itself. The judge reads NATS through a small client of its own ([`wire`]), so that it does not share
-//! the mistakes of the client crate that the program uses.
+//! the mistakes of the client crate that the program uses. What a daemon or a command prints is searched for the
+//! passwords that tests have planted ([`secrets`]).
 #![allow(dead_code, unused_imports, reason = "the verbs are complete, whether or not each has its test yet")]
 
 pub mod cluster;
@@ -13,6 +14,7 @@ pub mod database;
 pub mod history;
 pub mod notify;
 pub mod proxy;
+pub mod secrets;
 pub mod stream;
 pub mod wire;
 pub mod workload;
