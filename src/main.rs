@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use pg_outbox::command::bench::{self, BenchOptions};
 use pg_outbox::command::demo::{self, DemoOptions};
 use pg_outbox::command::{check, generate, migrate, partitions, run, status};
 use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
@@ -81,6 +82,36 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Measure it: rates, latency, cost and growth, on private servers or on the configured ones.
+    Bench {
+        /// Use the configured servers, with a schema and a stream of its own that are removed afterwards.
+        #[arg(long)]
+        here: bool,
+        /// Run this part alone; may be given several times.
+        #[arg(long, value_enum, value_name = "PART")]
+        only: Vec<Part>,
+        /// Small and short: half a minute, and rough figures.
+        #[arg(long)]
+        quick: bool,
+        /// Also drain 5 million events.
+        #[arg(long)]
+        long: bool,
+        /// Rounds; the tables show their median and spread [default: 5, with --quick 1].
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+        rounds: Option<u16>,
+        /// Events of a drain [default: 100000, with --quick 5000].
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1_000..))]
+        events: Option<u64>,
+        /// Worker threads of the daemon.
+        #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=64))]
+        workers: u16,
+        /// Print JSON, one object.
+        #[arg(long)]
+        json: bool,
+        /// Draw the growth curves, as SVG.
+        #[arg(long, value_name = "FILE")]
+        plot: Option<PathBuf>,
+    },
     /// Write manual pages and shell completions, for a package.
     #[command(hide = true)]
     Generate {
@@ -125,6 +156,39 @@ impl From<&Partitions> for partitions::Action {
                 partitions::Action::Create { month: month.clone(), mode: mode(*dry_run) }
             }
             Partitions::Drop { dry_run } => partitions::Action::Drop { mode: mode(*dry_run) },
+        }
+    }
+}
+
+/// As [`bench::Part`], for the command line.
+#[derive(Clone, Copy, ValueEnum)]
+enum Part {
+    /// Each server alone: publishing without a database, claims without publishing.
+    Limits,
+    /// Draining a backlog, by batch size, workers and keys; with CPU, WAL and memory.
+    Drain,
+    /// From commit to stored in the stream.
+    Latency,
+    /// Statements an event, and what an idle daemon takes.
+    Cost,
+    /// Draining with more pending, with many published, and with an old snapshot held.
+    Growth,
+    /// What 16 writers pay for our trigger.
+    Writers,
+    /// One, two and four instances.
+    Instances,
+}
+
+impl From<Part> for bench::Part {
+    fn from(part: Part) -> bench::Part {
+        match part {
+            Part::Limits => bench::Part::Limits,
+            Part::Drain => bench::Part::Drain,
+            Part::Latency => bench::Part::Latency,
+            Part::Cost => bench::Part::Cost,
+            Part::Growth => bench::Part::Growth,
+            Part::Writers => bench::Part::Writers,
+            Part::Instances => bench::Part::Instances,
         }
     }
 }
@@ -188,6 +252,20 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         Command::Partitions { action } => {
             let config = Config::load(&cli.config)?;
             done(partitions::run(&config, &action.into(), &mut std::io::stdout())?)
+        }
+        Command::Bench { here, only, quick, long, rounds, events, workers, json, plot } => {
+            bench::run(&BenchOptions {
+                here: here.then(|| cli.config.clone()),
+                only: only.iter().map(|part| (*part).into()).collect(),
+                quick: *quick,
+                long: *long,
+                rounds: rounds.map(usize::from),
+                events: *events,
+                workers: usize::from(*workers),
+                json: *json,
+                plot: plot.clone(),
+            })?;
+            ExitCode::SUCCESS
         }
         Command::Demo { events, keep } => done(demo::run(DemoOptions { events: *events, keep: *keep })?),
     })

@@ -6,8 +6,10 @@
 
 mod keeper;
 mod link;
+pub mod raw;
 pub mod reader;
 mod session;
+pub mod streams;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -14,6 +14,7 @@
 
 mod overview;
 mod partitions;
+mod plain;
 mod wake;
 
 use std::collections::{HashMap, HashSet};
@@ -42,6 +43,7 @@ pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Topi
 pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
 };
+pub use self::plain::{Insert, Plain};
 pub use self::wake::{Asked, Listener, SleepLock};
 
 /// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`.

@@ -8,6 +8,7 @@
 
 mod architecture;
 mod batches;
+mod bench;
 mod check;
 mod claim;
 mod containers;

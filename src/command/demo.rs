@@ -10,11 +10,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
-use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,8 +22,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use crate::command::dispatcher::{Dispatcher, Program};
+use crate::config::NatsAuth;
 use crate::publisher::reader::{Stored, StreamReader};
-use crate::sandbox::{Guard, Nats, NatsOptions, Postgres, PostgresOptions};
+use crate::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 
 /// Connections that insert at the same time.
 const WRITERS: usize = 4;
@@ -43,26 +42,11 @@ const DATABASE: &str = "demo";
 const STREAM: &str = "DEMO";
 /// Longest time without any new event before the demo gives up.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
-/// Longest wait for the dispatcher to become ready, and to drain at the end.
-const DISPATCHER_LIMIT: Duration = Duration::from_secs(60);
 /// How long the stream is watched for what should not come, once everything that should has come.
 const QUIET: Duration = Duration::from_millis(500);
 /// Time between two progress reports on a terminal, and elsewhere.
 const PROGRESS_TERMINAL: Duration = Duration::from_millis(200);
 const PROGRESS_LINES: Duration = Duration::from_secs(1);
-/// Lines of the dispatcher's log that a failure shows.
-const LOG_TAIL_LINES: usize = 20;
-/// Would lead the dispatcher away from its config file, or make it report to our service manager.
-const OVERRIDES: [&str; 7] = [
-    "DATABASE_DSN",
-    "NATS_URL",
-    "DISPATCHER_INSTANCE_ID",
-    "LOG_LEVEL",
-    "NOTIFY_SOCKET",
-    "WATCHDOG_USEC",
-    "WATCHDOG_PID",
-];
-
 /// What the demo does.
 #[derive(Debug, Clone, Copy)]
 pub struct DemoOptions {
@@ -84,7 +68,9 @@ pub fn run(options: DemoOptions) -> Result<bool> {
     let nats = Nats::start(&NatsOptions::default())?;
     postgres.create_database(DATABASE)?;
     say("starting the dispatcher");
-    let mut dispatcher = Dispatcher::start(&postgres, &nats)?;
+    let program = Program::new("demo", &config_yaml(&postgres, &nats))?;
+    program.migrate()?;
+    let mut dispatcher = program.run()?;
     sql(
         &postgres,
         "CREATE TABLE orders (id bigserial PRIMARY KEY, customer text NOT NULL, amount int NOT NULL)",
@@ -113,7 +99,7 @@ pub fn run(options: DemoOptions) -> Result<bool> {
 }
 
 /// Set by SIGINT or SIGTERM. The second one ends the process at once; the guards still clean up behind it.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
+pub(super) fn stop_flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
@@ -132,7 +118,7 @@ fn deliver(
     dispatcher: &mut Dispatcher,
     account: &mut Account,
 ) -> Result<Written> {
-    let reader = StreamReader::open(&nats.url(), STREAM)?;
+    let reader = StreamReader::open(&nats.url(), &NatsAuth::None, STREAM)?;
     say(&format!("{WRITERS} writers commit {} events", thousands(events)));
     let committed = Arc::new(AtomicU64::new(0));
     let writers: Vec<JoinHandle<Result<Written>>> = (0..WRITERS)
@@ -198,109 +184,6 @@ fn keep(stop: &AtomicBool, postgres: &Postgres, nats: &Nats, dispatcher: &mut Di
     Ok(())
 }
 
-/// This program as a child process: `pg-outbox run`.
-#[derive(Debug)]
-struct Dispatcher {
-    child: Child,
-    folder: PathBuf,
-    address: SocketAddr,
-    /// Last: dropped after the child has ended, it removes the folder.
-    _guard: Guard,
-}
-
-impl Dispatcher {
-    /// Migrates the database, starts the dispatcher and waits until it is ready.
-    fn start(postgres: &Postgres, nats: &Nats) -> Result<Dispatcher> {
-        let folder = tempfile::Builder::new().prefix("pg-outbox-demo-").tempdir().context("make a folder")?;
-        let mut guard = Guard::over(folder.path(), "KILL")?;
-        let folder = folder.keep();
-        let config = folder.join("config.yaml");
-        fs::write(&config, config_yaml(postgres, nats)).context("write the dispatcher's config")?;
-        let program = std::env::current_exe().context("find this program")?;
-        let command = |name: &str| {
-            let mut command = Command::new(&program);
-            command.arg(name).arg("--config").arg(&config).process_group(0).stdin(Stdio::null());
-            for name in OVERRIDES {
-                command.env_remove(name);
-            }
-            command
-        };
-        let output = command("migrate").output().context("run pg-outbox migrate")?;
-        ensure!(output.status.success(), "pg-outbox migrate: {}", String::from_utf8_lossy(&output.stderr));
-        let log = File::create(folder.join("log")).context("create the dispatcher's log")?;
-        let child = command("run").stdout(Stdio::null()).stderr(log).spawn().context("run the dispatcher")?;
-        guard.watch(child.id())?;
-        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut dispatcher = Dispatcher { child, folder, address: nowhere, _guard: guard };
-        dispatcher.wait_ready()?;
-        Ok(dispatcher)
-    }
-
-    fn wait_ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + DISPATCHER_LIMIT;
-        loop {
-            self.must_run()?;
-            if let Some(address) = listening(&self.log()) {
-                self.address = address;
-                if ready(address) {
-                    return Ok(());
-                }
-            }
-            ensure!(Instant::now() < deadline, "the dispatcher is not ready:\n{}", self.log_tail());
-            sleep(Duration::from_millis(50));
-        }
-    }
-
-    /// An error once it has ended.
-    fn must_run(&mut self) -> Result<()> {
-        match self.child.try_wait().context("look after the dispatcher")? {
-            None => Ok(()),
-            Some(status) => bail!("the dispatcher ended ({status}):\n{}", self.log_tail()),
-        }
-    }
-
-    /// Asks it to drain; true if it ended as it should.
-    fn drain(&mut self) -> Result<bool> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        let pid = pid.context("process id of the dispatcher")?;
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).context("stop the dispatcher")?;
-        let deadline = Instant::now() + DISPATCHER_LIMIT;
-        loop {
-            if let Some(status) = self.child.try_wait().context("wait for the dispatcher")? {
-                return Ok(status.success());
-            }
-            if Instant::now() > deadline {
-                return Ok(false);
-            }
-            sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn log_path(&self) -> PathBuf {
-        self.folder.join("log")
-    }
-
-    fn log(&self) -> String {
-        fs::read(self.log_path())
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default()
-    }
-
-    fn log_tail(&self) -> String {
-        let log = self.log();
-        let skip = log.lines().count().saturating_sub(LOG_TAIL_LINES);
-        let lines: Vec<&str> = log.lines().skip(skip).collect();
-        format!("the end of its log:\n{}", lines.join("\n"))
-    }
-}
-
-impl Drop for Dispatcher {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn config_yaml(postgres: &Postgres, nats: &Nats) -> String {
     format!(
         r#"dispatcher: {{ instance_id: demo, workers: 4 }}
@@ -315,25 +198,6 @@ metrics: {{ address: 127.0.0.1, port: 0 }}
         postgres.dsn(DATABASE),
         nats.url()
     )
-}
-
-/// The address in the log line `http listening: address=127.0.0.1:PORT`.
-fn listening(log: &str) -> Option<SocketAddr> {
-    let (_, rest) = log.split_once("http listening: address=")?;
-    rest.split_once(char::is_whitespace)?.0.parse().ok()
-}
-
-/// Whether `/ready` answers 200.
-fn ready(address: SocketAddr) -> bool {
-    let limit = Duration::from_secs(1);
-    let answer = TcpStream::connect_timeout(&address, limit).and_then(|mut stream| {
-        stream.set_read_timeout(Some(limit))?;
-        stream.write_all(b"GET /ready HTTP/1.0\r\n\r\n")?;
-        let mut answer = [0; 12];
-        stream.read_exact(&mut answer)?;
-        Ok(answer)
-    });
-    answer.is_ok_and(|answer| answer.ends_with(b" 200"))
 }
 
 /// One statement, and what it answers.
@@ -555,7 +419,7 @@ impl Account {
 }
 
 /// The value below or at which `percent` of the sorted values lie; 0 without values.
-fn percentile(sorted: &[i64], percent: usize) -> i64 {
+pub(super) fn percentile(sorted: &[i64], percent: usize) -> i64 {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0)
 }
@@ -660,7 +524,7 @@ fn say(line: &str) {
 }
 
 /// `1234567` as `1,234,567`.
-fn thousands(number: u64) -> String {
+pub(super) fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (index, digit) in digits.chars().enumerate() {
@@ -731,13 +595,6 @@ mod tests {
     fn numbers_are_grouped() {
         let grouped = [0, 999, 1_000, 12_345, 1_234_567].map(thousands);
         assert_eq!(grouped, ["0", "999", "1,000", "12,345", "1,234,567"]);
-    }
-
-    #[test]
-    fn the_address_is_read_from_a_whole_line_only() {
-        let line = "http listening: address=127.0.0.1:4711 path=/metrics\n";
-        assert_eq!(listening(line), Some(SocketAddr::from(([127, 0, 0, 1], 4711))));
-        assert_eq!(listening("http listening: address=127.0.0.1:47"), None);
     }
 
     #[test]

@@ -241,18 +241,10 @@ impl Dial {
 
     /// The crate's options, defaults included where they matter.
     fn options(&self, down: &Arc<Down>, deny: Vec<Sender<String>>) -> nats::Options {
-        let options = match &self.auth {
-            config::NatsAuth::None => nats::Options::new(),
-            config::NatsAuth::UserPassword(user, password) => {
-                nats::Options::with_user_pass(user, password.expose())
-            }
-            config::NatsAuth::Token(token) => nats::Options::with_token(token.expose()),
-            config::NatsAuth::CredentialsFile(path) => nats::Options::with_credentials(path),
-        };
         let (disconnected, lingering, erring) = (down.clone(), down.clone(), down.clone());
         let last_error = Arc::new(Mutex::new(None::<String>));
         let said = last_error.clone();
-        options
+        login(&self.auth)
             .with_name(&self.name)
             .reconnect_buffer_size(0)
             // One attempt: the one that connects. The attempt it leads to after a loss finds nobody (LINGER).
@@ -278,6 +270,18 @@ impl Dial {
                 }
                 *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             })
+    }
+}
+
+/// The crate's options with what the server is to know us by.
+pub(super) fn login(auth: &config::NatsAuth) -> nats::Options {
+    match auth {
+        config::NatsAuth::None => nats::Options::new(),
+        config::NatsAuth::UserPassword(user, password) => {
+            nats::Options::with_user_pass(user, password.expose())
+        }
+        config::NatsAuth::Token(token) => nats::Options::with_token(token.expose()),
+        config::NatsAuth::CredentialsFile(path) => nats::Options::with_credentials(path),
     }
 }
 

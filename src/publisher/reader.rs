@@ -1,4 +1,4 @@
-//! Reads a stream back, message by message, from its beginning: how the demo checks what arrived.
+//! Reads a stream back, message by message, from its beginning: how the demo checks what arrived, and the bench when.
 //!
 //! An ephemeral push consumer without acks over a connection of its own. Not part of the service: nothing the
 //! daemon runs reads a stream.
@@ -7,6 +7,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+
+use super::link::login;
+use crate::config::NatsAuth;
 
 /// A message as it is stored.
 #[derive(Debug, Clone)]
@@ -35,8 +38,8 @@ impl StreamReader {
     ///
     /// # Errors
     /// When the server or the stream is not there.
-    pub fn open(url: &str, stream: &str) -> Result<StreamReader> {
-        let connection = nats::Options::new()
+    pub fn open(url: &str, auth: &NatsAuth, stream: &str) -> Result<StreamReader> {
+        let connection = login(auth)
             .with_name("pg-outbox reader")
             .connect(url)
             .with_context(|| format!("connect to nats at {url}"))?;

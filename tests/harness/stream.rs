@@ -165,6 +165,13 @@ impl TestStream {
         self.client().api(&format!("STREAM.INFO.{}", self.name), &Value::Null).unwrap()
     }
 
+    /// The names of all streams of its server.
+    pub fn all_streams(&self) -> Vec<String> {
+        let answer = self.client().api("STREAM.NAMES", &Value::Null).unwrap();
+        let names = answer["streams"].as_array().cloned().unwrap_or_default();
+        names.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
     /// How many messages it holds.
     pub fn count(&self) -> u64 {
         self.info()["state"]["messages"].as_u64().unwrap()

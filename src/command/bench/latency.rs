@@ -1,0 +1,175 @@
+//! Latency: from the moment in which a writer hears that its COMMIT is done to the one in which the stream has stored
+//! the event.
+//!
+//! Both are read from clocks: the writer's and the stream server's, which are one and the same unless the configured
+//! servers are elsewhere. The stream is read back after the writers have ended, so that reading takes nothing from what
+//! is measured. Writers keep to a timetable; one that is late does not wait, and what was written a second is a figure
+//! of its own.
+
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+use super::Bench;
+use super::drain::{Keys, empty, insert_sql};
+use super::place::{Dispatch, Outbox, Statements};
+use crate::command::dispatcher::Dispatcher;
+use crate::publisher::reader::StreamReader;
+use crate::publisher::streams::Batches;
+use crate::store::Insert;
+
+/// How long everything written may take to arrive.
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);
+/// Time for the dispatcher to fall asleep before the first event.
+const SETTLE_DOWN: Duration = Duration::from_secs(2);
+
+/// A load to be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Load {
+    /// Of its figures.
+    pub(super) name: &'static str,
+    /// Events a second.
+    pub(super) rate: f64,
+    /// Events of one transaction.
+    pub(super) events: i64,
+    /// Writers at the same time.
+    pub(super) writers: usize,
+    /// How long.
+    pub(super) lasts: Duration,
+}
+
+impl Load {
+    /// Writes events at this rate and notes when they were stored.
+    pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox) -> Result<()> {
+        empty(&mut outbox.session()?)?;
+        bench.place.fresh_stream(Batches::None)?;
+        let dispatch = Dispatch {
+            workers: bench.scale.workers,
+            batch: bench.best_batch,
+            number: 0,
+            statements: Statements::Uncounted,
+        };
+        let mut dispatcher = bench.place.dispatch(outbox, dispatch)?;
+        sleep(SETTLE_DOWN.min(self.lasts));
+        let began = Instant::now();
+        let committed_ns = self.write(outbox)?;
+        let seconds = began.elapsed().as_secs_f64();
+        await_published(bench, &mut dispatcher, committed_ns.len())?;
+        let mut latencies_ms = self.read_back(bench, &committed_ns)?;
+        latencies_ms.sort_by(f64::total_cmp);
+        let mut note = |what: &str, value: f64| bench.book.note(&format!("{}.{what}", self.name), value);
+        note("rate", committed_ns.len() as f64 / seconds);
+        note("p50", percentile(&latencies_ms, 0.5));
+        note("p99", percentile(&latencies_ms, 0.99));
+        note("max", percentile(&latencies_ms, 1.0));
+        ensure!(dispatcher.drain()?, "the dispatcher did not stop in order: {}", dispatcher.log_tail());
+        Ok(())
+    }
+
+    /// Returns for each event, by its number from 1 on, when its COMMIT was answered, in ns since 1970.
+    fn write(&self, outbox: &Outbox) -> Result<Vec<i64>> {
+        let per_second = self.rate / self.events as f64;
+        let transactions = (per_second * self.lasts.as_secs_f64()).round().max(1.0) as i64;
+        let mut sessions = Vec::new();
+        for _ in 0..self.writers {
+            sessions.push(outbox.session()?.into_insert(&insert_sql(Keys::Many(1_000)))?);
+        }
+        let began = Instant::now();
+        let writers = sessions.len();
+        let mut committed: Vec<(i64, i64)> = thread::scope(|scope| {
+            let threads: Vec<_> = sessions
+                .into_iter()
+                .enumerate()
+                .map(|(first, session)| {
+                    let turns = (0..transactions).skip(first).step_by(writers);
+                    scope.spawn(move || self.keep_to(turns, began, per_second, session))
+                })
+                .collect();
+            let mut committed = Vec::new();
+            for thread in threads {
+                match thread.join() {
+                    Ok(times) => committed.extend(times?),
+                    Err(_) => bail!("a writer panicked"),
+                }
+            }
+            Ok(committed)
+        })?;
+        committed.sort_unstable();
+        let events = usize::try_from(self.events).context("so many events")?;
+        Ok(committed.into_iter().flat_map(|(_, at)| std::iter::repeat_n(at, events)).collect())
+    }
+
+    fn keep_to(
+        &self,
+        turns: impl Iterator<Item = i64>,
+        began: Instant,
+        per_second: f64,
+        mut session: Insert,
+    ) -> Result<Vec<(i64, i64)>> {
+        let mut committed = Vec::new();
+        for turn in turns {
+            let due = began + Duration::from_secs_f64(turn as f64 / per_second);
+            sleep(due.saturating_duration_since(Instant::now()));
+            let first = turn * self.events + 1;
+            session.insert(first, first + self.events - 1)?;
+            let at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos();
+            committed.push((turn, i64::try_from(at)?));
+        }
+        Ok(committed)
+    }
+
+    fn read_back(&self, bench: &Bench, committed_ns: &[i64]) -> Result<Vec<f64>> {
+        let (url, auth) = bench.place.nats();
+        let reader = StreamReader::open(url, auth, bench.place.stream()?)?;
+        let mut latencies_ms = Vec::with_capacity(committed_ns.len());
+        while latencies_ms.len() < committed_ns.len() {
+            let message = reader.next(ARRIVAL_LIMIT)?.context("the stream ends before its last event")?;
+            let Numbered { n } = serde_json::from_slice(&message.payload)?;
+            let committed = committed_ns.get(n.wrapping_sub(1)).context("an event that nobody wrote")?;
+            // The stream may have it a moment before the writer has heard of its COMMIT.
+            latencies_ms.push(((message.stored_at_ns - committed) as f64 / 1e6).max(0.0));
+        }
+        Ok(latencies_ms)
+    }
+}
+
+/// An event's payload says which one it is.
+#[derive(Deserialize)]
+struct Numbered {
+    n: usize,
+}
+
+fn await_published(bench: &Bench, dispatcher: &mut Dispatcher, events: usize) -> Result<()> {
+    let deadline = Instant::now() + ARRIVAL_LIMIT;
+    while dispatcher.metric("outbox_events_published_total")? < events as f64 {
+        bench.go_on()?;
+        dispatcher.must_run()?;
+        ensure!(
+            Instant::now() < deadline,
+            "not all of {events} events are published after {ARRIVAL_LIMIT:?}"
+        );
+        sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// The value below or at which this part of the sorted values lies.
+fn percentile(sorted: &[f64], part: f64) -> f64 {
+    let rank = (sorted.len() as f64 * part).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_that_occurred() {
+        let values: Vec<f64> = (1..=200).map(f64::from).collect();
+        let found = [0.5, 0.99, 1.0].map(|part| percentile(&values, part));
+        assert_eq!(found, [100.0, 198.0, 200.0]);
+        assert!(percentile(&[], 0.5).is_nan());
+    }
+}

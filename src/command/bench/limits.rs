@@ -1,0 +1,132 @@
+//! The limits: what each server does when nothing but its own part is asked of it.
+//!
+//! The database alone runs the claims of the service, with its statements and settings, and settles every event as
+//! published without publishing it. The same events, with the headers that the service gives them, then go to a stream
+//! through the barest client that there is: pipelined, and one at a time.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+
+use super::drain::{Keys, load};
+use super::place::Outbox;
+use super::{Bench, drain};
+use crate::config::Database;
+use crate::cursors;
+use crate::event::{Event, Outcome};
+use crate::headers::HeaderPolicy;
+use crate::publisher::raw::{Message, Raw};
+use crate::publisher::streams::Batches;
+use crate::store::{ClaimSettings, LANES, Store};
+
+/// Messages without an ack at most: where the service's own limit is, and a stream's is not far.
+const WINDOW: usize = 5_000;
+/// Of how many the one at a time are.
+const ONE_AT_A_TIME: usize = 10_000;
+
+/// Notes all three limits.
+pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
+    let scale = &bench.scale;
+    let (events, keys, workers, batch) = (scale.events, scale.keys, scale.workers, bench.best_batch);
+    drain::empty(&mut outbox.session()?)?;
+    load(outbox, Keys::Many(keys), events)?;
+    let (took, events) = database_alone(outbox, workers, batch)?;
+    ensure!(events.len() as u64 == bench.scale.events, "claims found {} events", events.len());
+    bench.book.note("database.alone", events.len() as f64 / took.as_secs_f64());
+    for (name, window, count) in
+        [("publish.alone", WINDOW, events.len()), ("publish.one", 1, ONE_AT_A_TIME.min(events.len()))]
+    {
+        bench.go_on()?;
+        bench.place.fresh_stream(Batches::None)?;
+        let took = publish_alone(bench, &events[..count], window)?;
+        bench.book.note(name, count as f64 / took.as_secs_f64());
+    }
+    Ok(())
+}
+
+fn publish_alone(bench: &Bench, events: &[Event], window: usize) -> Result<Duration> {
+    let policy = HeaderPolicy {
+        instance: "bench-0".into(),
+        stream: Some(bench.place.stream()?.to_owned()),
+        allow: Vec::new(),
+    };
+    let made: Vec<(String, String)> = events
+        .iter()
+        .map(|event| (format!("{}.{}", bench.place.prefix(), event.topic), policy.build(event).block))
+        .collect();
+    let messages: Vec<Message> = events
+        .iter()
+        .zip(&made)
+        .map(|(event, (subject, headers))| Message { subject, headers, payload: event.payload.as_bytes() })
+        .collect();
+    let (url, auth) = bench.place.nats();
+    Raw::connect(url, auth)?.publish_all(&messages, window)
+}
+
+/// Claims and settles everything, each thread its own lanes; returns the time and the events.
+fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Duration, Vec<Event>)> {
+    let settings = ClaimSettings {
+        synchronous_commit: false,
+        idle_in_transaction_timeout: Duration::from_secs(60),
+        ordered: true,
+        block_on_dead: false,
+        backoff_max: Duration::from_secs(300),
+        max_claim_bytes: 16 << 20,
+    };
+    let database = Database {
+        dsn: outbox.dsn(),
+        max_connections: u32::try_from(threads).unwrap_or(u32::MAX),
+        max_idle: u32::try_from(threads).unwrap_or(u32::MAX),
+        connect_timeout: Duration::from_secs(10),
+        listen: false,
+        listen_dsn: None,
+        synchronous_commit: false,
+    };
+    let store = Store::new(&database, "bench", settings)?;
+    // Statements are prepared once a connection, before the clock runs.
+    store.ping()?;
+    let shares: Vec<Vec<i32>> = (0..threads)
+        .map(|share| {
+            (0..LANES)
+                .filter(|&lane| usize::try_from(lane).is_ok_and(|lane| lane % threads == share))
+                .collect()
+        })
+        .collect();
+    let began = Instant::now();
+    let events = thread::scope(|scope| {
+        let threads: Vec<_> =
+            shares.iter().map(|lanes| scope.spawn(|| claim_all(&store, lanes, batch))).collect();
+        let mut events = Vec::new();
+        for thread in threads {
+            match thread.join() {
+                Ok(claimed) => events.extend(claimed?),
+                Err(_) => bail!("a thread panicked"),
+            }
+        }
+        Ok(events)
+    })?;
+    Ok((began.elapsed(), events))
+}
+
+/// Claims and settles these lanes to their ends, from cursors, as nobody else does.
+fn claim_all(store: &Store, lanes: &[i32], batch: usize) -> Result<Vec<Event>> {
+    let batch = i32::try_from(batch).unwrap_or(i32::MAX);
+    let mut cursors = [cursors::BEGINNING; cursors::LANES];
+    let mut all = Vec::new();
+    loop {
+        let mut claim = store.open()?.claim(lanes, LANES, batch, &cursors)?;
+        if claim.is_empty() {
+            return Ok(all);
+        }
+        let events = claim.take_events();
+        for end in claim.ends([]) {
+            if let (Ok(lane), true) = (usize::try_from(end.lane), end.reach < i64::MAX) {
+                cursors[lane] = end.reach;
+            }
+        }
+        let settled = claim.settle(events.iter().map(|event| (event, &Outcome::Published)))?;
+        ensure!(settled.missed == 0, "{} events were settled by somebody else", settled.missed);
+        all.extend(events);
+    }
+}

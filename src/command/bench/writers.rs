@@ -1,0 +1,135 @@
+//! Writers: what an INSERT costs an application, with our trigger and without it.
+//!
+//! Sixteen sessions insert as fast as they can, an event a transaction. The dispatcher is busy with what they write, or
+//! it is asleep: stopped in the moment in which it sleeps, so that every transaction notifies, as only the first ones
+//! do otherwise.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use rustix::process::Signal;
+
+use super::Bench;
+use super::drain::{Keys, empty, insert_sql};
+use super::place::{Dispatch, Outbox, Statements};
+use crate::publisher::streams::Batches;
+use crate::store::Plain;
+
+/// Sessions that insert at the same time.
+const WRITERS: usize = 16;
+/// Time that does not count, in which the dispatcher gets to work.
+const WARM_UP: Duration = Duration::from_millis(500);
+/// Longest wait for the dispatcher to sleep.
+const SLEEP_LIMIT: Duration = Duration::from_secs(30);
+
+/// Whether our trigger is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Trigger {
+    /// It is.
+    Ours,
+    /// It is disabled.
+    None,
+}
+
+/// What the dispatcher does meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dispatcher {
+    /// It publishes what is written.
+    Busy,
+    /// It sleeps.
+    Asleep,
+}
+
+/// Writers to be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Writers {
+    /// Of the figure.
+    pub(super) name: &'static str,
+    /// The trigger.
+    pub(super) trigger: Trigger,
+    /// The dispatcher.
+    pub(super) dispatcher: Dispatcher,
+}
+
+impl Writers {
+    /// Writes for `lasts` and notes inserts a second.
+    pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox, lasts: Duration) -> Result<()> {
+        let mut session = outbox.session()?;
+        empty(&mut session)?;
+        bench.place.fresh_stream(Batches::None)?;
+        let word = if self.trigger == Trigger::Ours { "ENABLE" } else { "DISABLE" };
+        session.run(&format!("ALTER TABLE outboxes {word} TRIGGER outboxes_notify"))?;
+        let written = self.write(bench, outbox, &mut session, lasts);
+        session.run("ALTER TABLE outboxes ENABLE TRIGGER outboxes_notify")?;
+        bench.book.note(self.name, written?);
+        Ok(())
+    }
+
+    fn write(&self, bench: &Bench, outbox: &Outbox, session: &mut Plain, lasts: Duration) -> Result<f64> {
+        let dispatch = Dispatch {
+            workers: bench.scale.workers,
+            batch: bench.best_batch,
+            number: 0,
+            statements: Statements::Uncounted,
+        };
+        let dispatcher = bench.place.dispatch(outbox, dispatch)?;
+        if self.dispatcher == Dispatcher::Asleep {
+            if self.trigger == Trigger::Ours {
+                await_sleep(bench, session)?;
+            }
+            dispatcher.signal(Signal::STOP)?;
+        }
+        insert_all(outbox, lasts)
+    }
+}
+
+/// Waits until the sleep lock is held, from which on every writer notifies.
+fn await_sleep(bench: &Bench, session: &mut Plain) -> Result<()> {
+    let deadline = Instant::now() + SLEEP_LIMIT;
+    let held = "SELECT count(*) FROM pg_locks
+                 WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND classid = 1869968483
+                   AND objid = 'outboxes'::regclass";
+    while session.number(held)? == 0 {
+        bench.go_on()?;
+        ensure!(Instant::now() < deadline, "the dispatcher does not fall asleep");
+        sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Inserts a second, of all writers.
+fn insert_all(outbox: &Outbox, lasts: Duration) -> Result<f64> {
+    let mut sessions = Vec::new();
+    for _ in 0..WRITERS {
+        sessions.push(outbox.session()?.into_insert(&insert_sql(Keys::Many(1_000)))?);
+    }
+    let (next, stop) = (&AtomicI64::new(1), &AtomicBool::new(false));
+    thread::scope(|scope| {
+        let threads: Vec<_> = sessions
+            .into_iter()
+            .map(|mut session| {
+                scope.spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        let n = next.fetch_add(1, Ordering::Relaxed);
+                        session.insert(n, n)?;
+                    }
+                    Ok::<(), anyhow::Error>(())
+                })
+            })
+            .collect();
+        sleep(WARM_UP.min(lasts));
+        let (began, first) = (Instant::now(), next.load(Ordering::Relaxed));
+        sleep(lasts);
+        let rate = (next.load(Ordering::Relaxed) - first) as f64 / began.elapsed().as_secs_f64();
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            match thread.join() {
+                Ok(written) => written?,
+                Err(_) => bail!("a writer panicked"),
+            }
+        }
+        Ok(rate)
+    })
+}

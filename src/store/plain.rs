@@ -1,0 +1,82 @@
+//! Plain sessions, for the bench: they load events, write some at a pace, and hold a snapshot open.
+//!
+//! Outside the pool, without a claim's settings, and nothing of the service uses them. What they run is the bench's
+//! own text; errors are the store's.
+
+use std::time::Duration;
+
+use postgres::{Client, Statement};
+
+use super::{Secret, StoreError, connect, connection_config};
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A session.
+pub struct Plain {
+    client: Client,
+}
+
+/// A session with one prepared INSERT.
+pub struct Insert {
+    client: Client,
+    statement: Statement,
+}
+
+impl Plain {
+    /// Connects; `name` is what `pg_stat_activity` shows behind `pg-outbox/`.
+    ///
+    /// # Errors
+    /// The DSN is malformed, or PostgreSQL is out of reach or refuses.
+    pub fn connect(dsn: &Secret, name: &str) -> Result<Plain, StoreError> {
+        Ok(Plain { client: connect(&connection_config(dsn, name, CONNECT_TIMEOUT)?)? })
+    }
+
+    /// Runs statements, separated by semicolons.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn run(&mut self, sql: &str) -> Result<(), StoreError> {
+        self.client.batch_execute(sql).map_err(|error| StoreError::from(&error))
+    }
+
+    /// The one `bigint` that a statement returns.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses, or returns something else.
+    pub fn number(&mut self, sql: &str) -> Result<i64, StoreError> {
+        let row = self.client.query_one(sql, &[]).map_err(|error| StoreError::from(&error))?;
+        row.try_get(0).map_err(|error| StoreError::from(&error))
+    }
+
+    /// The one `text` that a statement returns.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses, or returns something else.
+    pub fn text(&mut self, sql: &str) -> Result<String, StoreError> {
+        let row = self.client.query_one(sql, &[]).map_err(|error| StoreError::from(&error))?;
+        row.try_get(0).map_err(|error| StoreError::from(&error))
+    }
+
+    /// Makes this session one that repeats `sql`, an INSERT with the parameters `$1 bigint` and `$2 bigint`.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn into_insert(mut self, sql: &str) -> Result<Insert, StoreError> {
+        let statement = self.client.prepare(sql).map_err(|error| StoreError::from(&error))?;
+        Ok(Insert { client: self.client, statement })
+    }
+}
+
+impl Insert {
+    /// Runs the INSERT as a transaction of its own; when this returns, it is committed.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn insert(&mut self, first: i64, last: i64) -> Result<(), StoreError> {
+        self.client
+            .execute(&self.statement, &[&first, &last])
+            .map(|_| ())
+            .map_err(|error| StoreError::from(&error))
+    }
+}
