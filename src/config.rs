@@ -191,6 +191,8 @@ pub enum OnDead {
 pub struct Database {
     /// Connection string, URL or key=value; here it only looks like one. Required (or `DATABASE_DSN`).
     pub dsn: Secret,
+    /// What dsn and listen_dsn may leave out.
+    pub parts: DsnParts,
     /// Connections of the pool at most, up to 1,000; at least `workers` + 2. Default 20.
     pub max_connections: u32,
     /// Idle connections kept at most, 0 to `max_connections`. Default 10, or less with fewer connections.
@@ -203,6 +205,22 @@ pub struct Database {
     pub listen_dsn: Option<Secret>,
     /// Settle with synchronous_commit on. Default false: a PostgreSQL crash then republishes a moment's events.
     pub synchronous_commit: bool,
+}
+
+/// Parts of a connection string that may stand beside it, each in a file or a credential of its own. A connection
+/// string that has the part keeps its own. Default: none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DsnParts {
+    /// `user`.
+    pub user: Option<String>,
+    /// `password`.
+    pub password: Option<Secret>,
+    /// `sslrootcert`: file with the CA certificates that the server's must lead to, or `system`.
+    pub sslrootcert: Option<PathBuf>,
+    /// `sslcert`: file with our certificate.
+    pub sslcert: Option<PathBuf>,
+    /// `sslkey`: file with its key.
+    pub sslkey: Option<PathBuf>,
 }
 
 /// How NATS is reached, and what events become there.
@@ -391,13 +409,21 @@ fn ordering(reading: &mut Reading<'_>, root: &Section<'_>) -> Ordering {
 }
 
 fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
-    use values::{boolean, count, dsn, duration, optional_dsn};
+    use values::{boolean, count, dsn, duration, file, optional_dsn, secret, user};
     let section = reading.section(root, "database");
     let mut value = Keys { reading, section: &section };
     let dsn = value.secret("dsn", Secret::new(""), dsn);
+    let parts = DsnParts {
+        user: value.secret("user", None, user),
+        password: value.secret("password", None, secret),
+        sslrootcert: value.path("sslrootcert", file),
+        sslcert: value.path("sslcert", file),
+        sslkey: value.path("sslkey", file),
+    };
     let max_connections = value.of("max_connections", 20, count(1..=1_000));
     let database = Database {
         dsn,
+        parts,
         max_connections,
         max_idle: value.of("max_idle", max_connections.min(10), count(0..=1_000)),
         connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),

@@ -19,7 +19,7 @@
 //! [`event`] what travels · [`cursors`] what is settled · [`order`] which event may go next · [`retry`] what becomes of a failed one ·
 //! [`topic_map`] topic to subject · [`headers`] metadata to headers · [`answer`] what JetStream says ·
 //! [`outage`] the gate · [`health`] live and ready · [`live`] what a reload changes. These are plain data and pure
-//! decisions. Then [`store`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`],
+//! decisions. [`tls`] is what both servers' connections have in common. Then [`store`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`],
 //! [`worker`] with [`publish`], [`wakeup`], [`janitor`], [`upkeep`], [`http`]; [`service`], which starts, supervises and
 //! drains them; and the [`command`]s. [`failpoint`](mod@failpoint) names the steps of a claim at which the tests kill
 //! the process.
@@ -48,6 +48,7 @@ pub mod sandbox;
 pub mod service;
 pub mod store;
 pub mod systemd;
+pub mod tls;
 pub mod topic_map;
 pub mod upkeep;
 pub mod wakeup;

@@ -9,12 +9,14 @@
 //! its events as pending: two statements, never one.
 //!
 //! Every method blocks its caller, on any thread; nothing here logs above debug, as callers report an outage
-//! once. A connection that has seen any error is closed, never pooled again: what state its transaction is
+//! once (but for a password that crosses the network in clear). A connection that has seen any error is closed, never pooled again: what state its transaction is
 //! in, nobody knows. Dropping a claim rolls it back.
 
+mod dsn;
 mod overview;
 mod partitions;
 mod plain;
+mod target;
 mod wake;
 
 use std::collections::{HashMap, HashSet};
@@ -25,16 +27,15 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use log::debug;
-use postgres::config::{Host, SslMode};
 // The name that `to_sql_checked!` itself has for what `ToSql` writes to.
 use postgres::types::private::BytesMut;
 use postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
-use postgres::{Client, NoTls, Row, Statement};
+use postgres::{Client, Row, Statement};
 use r2d2::{HandleError, ManageConnection};
-use r2d2_postgres::PostgresConnectionManager;
 use uuid::Uuid;
 
-use crate::config::{Database, Secret};
+use self::target::Target;
+use crate::config::{Database, DsnParts, Secret};
 use crate::cursors::{self, Reading, Writer};
 use crate::event::{Event, Outcome};
 use crate::failpoint;
@@ -57,14 +58,6 @@ const APPLICATION_NAME_MAX_BYTES: usize = 63;
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The backlog is worth this much and no more.
 const BACKLOG_TIMEOUT: Duration = Duration::from_secs(10);
-/// A peer that vanished is noticed within 60 s when idle, 30 s with bytes on their way.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_RETRIES: u32 = 3;
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
-/// What tokio-postgres takes for `keepalives_idle` when the DSN does not say.
-const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
-
 /// The plans of a claim are part of the design. Each of its searches has exactly one index that fits; these
 /// keep the planner from preferring a scan or a hash where the tables looked empty when it planned. A plan
 /// is made once a connection, and neither compiled nor made anew for each set of parameters. One statement, as
@@ -105,7 +98,10 @@ pub struct Store {
 struct Shared {
     /// Where, for messages: `db:5432`.
     address: String,
-    dsn: postgres::Config,
+    target: Target,
+    /// What a DSN for the wake-up does not say.
+    parts: DsnParts,
+    instance_id: String,
     connect_timeout: Duration,
     max_idle: u32,
     settings: ClaimSettings,
@@ -161,9 +157,9 @@ impl Store {
     /// Reads the DSN and sets the pool up without connecting to anything.
     ///
     /// # Errors
-    /// The DSN is malformed or asks for TLS. The message never holds any of it.
+    /// The DSN, or a certificate file that it names, cannot be used. The message never holds a secret of them.
     pub fn new(database: &Database, instance_id: &str, settings: ClaimSettings) -> Result<Store, StoreError> {
-        let dsn = connection_config(&database.dsn, instance_id, database.connect_timeout)?;
+        let target = Target::new(&database.dsn, &database.parts, instance_id, database.connect_timeout)?;
         // All written out: by default r2d2 keeps as many idle connections as it may open, asks each one
         // whether it lives before handing it out, and logs every failure as an error. Its three threads
         // open connections, and go on trying while there is none.
@@ -175,10 +171,12 @@ impl Store {
             .idle_timeout(Some(Duration::from_secs(10 * 60)))
             .connection_timeout(database.connect_timeout.max(Duration::from_millis(1)))
             .error_handler(Box::new(LogAtDebug))
-            .build_unchecked(Manager { postgres: PostgresConnectionManager::new(dsn.clone(), NoTls) });
+            .build_unchecked(Manager { target: target.clone() });
         let shared = Shared {
-            address: address(&dsn),
-            dsn,
+            address: target.address(),
+            target,
+            parts: database.parts.clone(),
+            instance_id: instance_id.to_owned(),
             connect_timeout: database.connect_timeout,
             max_idle: database.max_idle,
             backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
@@ -305,7 +303,8 @@ impl Store {
     /// PostgreSQL is out of reach, too old (below 14), or refuses; the schema is in another order. Nothing
     /// of a failed migration stays.
     pub fn migrate(database: &Database, order: Option<&str>) -> Result<Migrated, StoreError> {
-        let mut client = connect(&connection_config(&database.dsn, "migrate", database.connect_timeout)?)?;
+        let target = Target::new(&database.dsn, &database.parts, "migrate", database.connect_timeout)?;
+        let mut client = connect(&target)?;
         let before = schema_version(&mut client)?;
         let sql = |error: postgres::Error| StoreError::from(&error);
         client
@@ -798,7 +797,7 @@ impl Session {
 }
 
 struct Manager {
-    postgres: PostgresConnectionManager<NoTls>,
+    target: Target,
 }
 
 impl ManageConnection for Manager {
@@ -806,16 +805,16 @@ impl ManageConnection for Manager {
     type Error = StoreError;
 
     fn connect(&self) -> Result<Session, StoreError> {
-        let client = self.postgres.connect().map_err(|error| StoreError::from(&error))?;
+        let client = self.target.connect()?;
         Ok(Session { client, doomed: false, statements: HashMap::new() })
     }
 
     fn is_valid(&self, session: &mut Session) -> Result<(), StoreError> {
-        self.postgres.is_valid(&mut session.client).map_err(|error| StoreError::from(&error))
+        session.client.simple_query("").map(|_| ()).map_err(|error| StoreError::from(&error))
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {
-        session.doomed || self.postgres.has_broken(&mut session.client)
+        session.doomed || session.client.is_closed()
     }
 }
 
@@ -1002,50 +1001,6 @@ fn first<T>(rows: &[Row], read: impl Fn(&Row) -> Result<T, postgres::Error>) -> 
     read(row).map_err(|error| StoreError::from(&error))
 }
 
-/// Reads a DSN and adds to it what it does not say itself.
-fn connection_config(
-    dsn: &Secret,
-    instance_id: &str,
-    connect_timeout: Duration,
-) -> Result<postgres::Config, StoreError> {
-    let mut config: postgres::Config = dsn.expose().parse().map_err(|_| {
-        // The parser's own words may quote a part of what it could not read: a password with a special
-        // character in it, as likely as not.
-        StoreError::refused(
-            "the DSN is not one: write postgresql://user:password@host:5432/database?option=value, with \
-             special characters percent-encoded, or host=... user=... dbname=...; sslmode is disable or prefer"
-                .into(),
-        )
-    })?;
-    if config.get_ssl_mode() == SslMode::Require {
-        return Err(StoreError::refused(
-            "the DSN says sslmode=require, and connections over TLS are not supported yet: use sslmode=prefer or \
-             disable, and a private network or a local proxy that speaks TLS"
-                .into(),
-        ));
-    }
-    if config.get_application_name().is_none() {
-        config.application_name(&application_name(instance_id));
-    }
-    if config.get_connect_timeout().is_none() {
-        config.connect_timeout(connect_timeout);
-    }
-    if config.get_tcp_user_timeout().is_none() {
-        config.tcp_user_timeout(TCP_USER_TIMEOUT);
-    }
-    if config.get_keepalives_idle() == KEEPALIVE_IDLE_UNSET {
-        config.keepalives_idle(KEEPALIVE_IDLE);
-    }
-    if config.get_keepalives_interval().is_none() {
-        config.keepalives_interval(KEEPALIVE_INTERVAL);
-    }
-    if config.get_keepalives_retries().is_none() {
-        config.keepalives_retries(KEEPALIVE_RETRIES);
-    }
-    config.notice_callback(|notice| debug!("postgres says: {}: {}", notice.severity(), notice.message()));
-    Ok(config)
-}
-
 /// `pg-outbox/<instance>`, cut to what PostgreSQL keeps, never within a character.
 fn application_name(instance_id: &str) -> String {
     let mut name = format!("pg-outbox/{instance_id}");
@@ -1053,19 +1008,6 @@ fn application_name(instance_id: &str) -> String {
         name.pop();
     }
     name
-}
-
-/// Where a DSN leads, without user and password.
-fn address(config: &postgres::Config) -> String {
-    let ports = config.get_ports();
-    let hosts = config.get_hosts().iter().enumerate().map(|(i, host)| {
-        let port = ports.get(i).or(ports.first()).copied().unwrap_or(5432);
-        match host {
-            Host::Tcp(name) => format!("{name}:{port}"),
-            Host::Unix(folder) => format!("{}:{port}", folder.display()),
-        }
-    });
-    hosts.collect::<Vec<_>>().join(",")
 }
 
 fn begin_claim(settings: &ClaimSettings) -> String {
@@ -1081,10 +1023,10 @@ fn begin_claim(settings: &ClaimSettings) -> String {
     )
 }
 
-fn connect(config: &postgres::Config) -> Result<Client, StoreError> {
-    config.connect(NoTls).map_err(|error| {
-        let cause = StoreError::from(&error);
-        StoreError { text: format!("connect to postgres at {}: {cause}", address(config)), ..cause }
+fn connect(target: &Target) -> Result<Client, StoreError> {
+    target.connect().map_err(|cause| StoreError {
+        text: format!("connect to postgres at {}: {cause}", target.address()),
+        ..cause
     })
 }
 
@@ -1122,71 +1064,11 @@ mod tests {
         shared::<Store>();
     }
 
-    fn parse(dsn: &str) -> Result<postgres::Config, StoreError> {
-        connection_config(&Secret::new(dsn), "node-1", Duration::from_secs(5))
-    }
-
-    #[test]
-    fn a_bad_dsn_never_shows_a_password() {
-        for dsn in [
-            "postgresql://user@db/app?hunter2=x",
-            "postgresql://user:hunter2@db:hunter2/app",
-            "host=db password=hunter2 hunter2=1",
-            "hunter2",
-            "postgresql://user:hunter2@db/app?sslmode=hunter2",
-        ] {
-            let error = parse(dsn).expect_err(dsn).to_string();
-            assert!(!error.contains("hunter2"), "{error}");
-        }
-    }
-
-    #[test]
-    fn tls_is_refused_in_words() {
-        let error = parse("postgresql://u:hunter2@db/app?sslmode=require").unwrap_err();
-        assert!(error.to_string().contains("sslmode=require"), "{error}");
-        assert!(!error.to_string().contains("hunter2"), "{error}");
-        assert!(parse("postgresql://u@db/app?sslmode=prefer").is_ok());
-    }
-
-    #[test]
-    fn the_dsn_has_the_last_word() {
-        let config = parse("host=db user=u").unwrap();
-        assert_eq!(config.get_application_name(), Some("pg-outbox/node-1"));
-        assert_eq!(config.get_connect_timeout(), Some(&Duration::from_secs(5)));
-        assert_eq!(config.get_keepalives_idle(), Duration::from_secs(30));
-        assert_eq!(config.get_keepalives_interval(), Some(Duration::from_secs(10)));
-        assert_eq!(config.get_keepalives_retries(), Some(3));
-        assert_eq!(config.get_tcp_user_timeout(), Some(&Duration::from_secs(30)));
-
-        let config = parse(
-            "host=db user=u application_name=mine connect_timeout=9 keepalives_idle=8 keepalives_interval=7 \
-             keepalives_retries=6 tcp_user_timeout=5",
-        )
-        .unwrap();
-        assert_eq!(config.get_application_name(), Some("mine"));
-        assert_eq!(config.get_connect_timeout(), Some(&Duration::from_secs(9)));
-        assert_eq!(config.get_keepalives_idle(), Duration::from_secs(8));
-        assert_eq!(config.get_keepalives_interval(), Some(Duration::from_secs(7)));
-        assert_eq!(config.get_keepalives_retries(), Some(6));
-        assert_eq!(config.get_tcp_user_timeout(), Some(&Duration::from_secs(5)));
-    }
-
     #[test]
     fn an_application_name_fits_and_stays_text() {
         assert_eq!(application_name("node-1"), "pg-outbox/node-1");
         let long = application_name(&"ä".repeat(60));
         assert!(long.len() <= 63 && long.ends_with('ä'), "{long}");
-    }
-
-    #[test]
-    fn addresses_name_hosts_alone() {
-        for (dsn, expected) in [
-            ("postgresql://user:hunter2@db/app", "db:5432"),
-            ("postgresql://user:hunter2@a:1,b:2/app", "a:1,b:2"),
-            ("host=/run/postgresql user=u", "/run/postgresql:5432"),
-        ] {
-            assert_eq!(address(&parse(dsn).unwrap()), expected);
-        }
     }
 
     #[test]

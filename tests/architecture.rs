@@ -107,7 +107,9 @@ fn each_outside_crate_of_the_core_is_named_in_one_place() {
         ("nats", "src/publisher.rs"),
         ("postgres", "src/store.rs"),
         ("r2d2", "src/store.rs"),
-        ("r2d2_postgres", "src/store.rs"),
+        ("tokio_postgres_rustls", "src/store.rs"),
+        ("rustls", "src/tls.rs"),
+        ("rustls_native_certs", "src/tls.rs"),
         ("tiny_http", "src/http.rs"),
         ("prometheus", "src/metrics.rs"),
     ];

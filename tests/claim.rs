@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pg_outbox::config::{Database, Secret};
+use pg_outbox::config::{Database, DsnParts, Secret};
 use pg_outbox::cursors;
 use pg_outbox::event::{Event, Outcome};
 use pg_outbox::store::{Asked, CLAIM_PLANS, Claim, ClaimSettings, LANES, Settled, Store, StoreError};
@@ -24,6 +24,7 @@ const BEGINNING: [i64; cursors::LANES] = [cursors::BEGINNING; cursors::LANES];
 pub fn settings_for(dsn: &str) -> Database {
     Database {
         dsn: Secret::new(dsn),
+        parts: DsnParts::default(),
         max_connections: 8,
         max_idle: 4,
         connect_timeout: Duration::from_secs(5),

@@ -4,7 +4,9 @@
 //! Pure, on the main thread, for a reload. Every field of the configuration stands in one of two lists; the
 //! patterns below have no `..`, so a new field does not compile until somebody has decided where it belongs.
 
-use super::{Config, Database, Dispatcher, JetStream, Logging, Metrics, Nats, Ordering, Partitions};
+use super::{
+    Config, Database, Dispatcher, DsnParts, JetStream, Logging, Metrics, Nats, Ordering, Partitions,
+};
 
 /// What a reload found, as names of keys in the order of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -48,7 +50,9 @@ impl Config {
         compare!(changes, database, &new.database, Database, "database",
             live {}
             fixed { dsn, max_connections, max_idle, connect_timeout, listen, listen_dsn, synchronous_commit }
-            nested {});
+            nested { parts });
+        compare!(changes, database.parts, &new.database.parts, DsnParts, "database",
+            live {} fixed { user, password, sslrootcert, sslcert, sslkey } nested {});
         compare!(changes, nats, &new.nats, Nats, "nats",
             live { allow_headers, topic_map }
             fixed { servers as "nats.url", auth as "nats credentials", max_retries, retry_delay, connect_timeout,

@@ -151,6 +151,11 @@ database:
   connect_timeout: 1s
   listen: false
   listen_dsn: host = b
+  user: me
+  password: hunter2
+  sslrootcert: system
+  sslcert: /c
+  sslkey: /k
   synchronous_commit: true
 nats:
   url: [ "nats://a:4222", "TLS://b.example/, nats://[::1]:4333" ]
@@ -584,7 +589,7 @@ fn a_broken_database_section_is_named_too() {
         (format!("database: {{ {ok}, max_connections: 6 }}"), "1:43: database.max_connections: max_connections 6 is too small for 5 workers; allowed: at least 7 (workers + 2)".to_owned()),
         (format!("database: {{ {ok}, max_connections: 0 }}"), "1:43: database.max_connections: 0 is out of range; allowed: 1 to 1000".to_owned()),
         (format!("database: {{ {ok}, max_idle: 21 }}"), "1:36: database.max_idle: max_idle 21 is more than max_connections; allowed: 0 to 20".to_owned()),
-        ("database: { password: hunter2, dsn: host=h }".to_owned(), "1:13: database.password: unknown key; did you mean nats.password?".to_owned()),
+        ("database: { token: hunter2, dsn: host=h }".to_owned(), "1:13: database.token: unknown key; did you mean nats.token?".to_owned()),
     ];
     for (text, expected) in cases {
         assert_eq!(problems(&text, &[]), [format!("config.yaml:{expected}")], "{text}");
@@ -765,6 +770,21 @@ fn secrets_may_stand_elsewhere() {
     assert_eq!(nats(&format!("credentials_file: 'file:{path}/nats.creds'")).auth, creds);
     file("url", "nats://me:hunter2@a,nats://b\n");
     assert_eq!(nats("url: credential:url").servers, ["nats://a", "nats://b"]);
+
+    file("key", "not looked at");
+    let parts =
+        "user: me, password: credential:password, sslrootcert: system, sslcert: /c, sslkey: credential:key";
+    let text = format!("database: {{ dsn: 'postgresql://h/d', {parts} }}");
+    let parts = DsnParts {
+        user: Some("me".to_owned()),
+        password: Some(Secret::new("hunter2 ")),
+        sslrootcert: Some("system".into()),
+        sslcert: Some("/c".into()),
+        sslkey: Some(folder.path().join("key")),
+    };
+    let config = parse_with(&text, &[credentials]).unwrap();
+    assert_eq!(config.database.parts, parts);
+    assert!(!format!("{config:?}").contains("hunter2"));
 
     let from_environment = parse_with("", &[("DATABASE_DSN", "credential:dsn"), credentials]).unwrap();
     assert_eq!(from_environment.database.dsn.expose(), "postgresql://u:hunter2@h/d");

@@ -88,7 +88,7 @@ impl Store {
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn partitions(&self) -> Result<Partitions, StoreError> {
-        Ok(Partitions { client: connect(&self.shared.dsn)? })
+        Ok(Partitions { client: connect(&self.shared.target)? })
     }
 
     /// Takes the turn to keep the partitions up; `None` while another instance has it.
@@ -96,7 +96,7 @@ impl Store {
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn upkeep_turn(&self) -> Result<Option<UpkeepTurn>, StoreError> {
-        let mut client = connect(&self.shared.dsn)?;
+        let mut client = connect(&self.shared.target)?;
         // Idle for as long as the round takes; it holds nothing but the lock, no snapshot either.
         begin(&mut client, "SET LOCAL idle_in_transaction_session_timeout = 0")?;
         let rows = query(&mut client, UPKEEP_TURN, &[])?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use postgres::{Client, Statement};
 
-use super::{Secret, StoreError, connect, connection_config};
+use super::{DsnParts, Secret, StoreError, Target, connect};
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -24,12 +24,12 @@ pub struct Insert {
 }
 
 impl Plain {
-    /// Connects; `name` is what `pg_stat_activity` shows behind `pg-outbox/`.
+    /// Connects, with what the DSN does not say from `parts`; `name` is what `pg_stat_activity` shows behind `pg-outbox/`.
     ///
     /// # Errors
     /// The DSN is malformed, or PostgreSQL is out of reach or refuses.
-    pub fn connect(dsn: &Secret, name: &str) -> Result<Plain, StoreError> {
-        Ok(Plain { client: connect(&connection_config(dsn, name, CONNECT_TIMEOUT)?)? })
+    pub fn connect(dsn: &Secret, parts: &DsnParts, name: &str) -> Result<Plain, StoreError> {
+        Ok(Plain { client: connect(&Target::new(dsn, parts, name, CONNECT_TIMEOUT)?)? })
     }
 
     /// Runs statements, separated by semicolons.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator;
 
-use super::{Secret, Store, StoreError, connect, connection_config};
+use super::{Secret, Store, StoreError, Target, connect};
 
 /// The sleep lock's key, beside the table's oid. `outbox_notify` in the schema has the same.
 const LOCK_KEY: &str = "1869968483, 'outboxes'::regclass::oid::int8::bit(32)::int4";
@@ -52,15 +52,12 @@ impl Store {
     /// The DSN is malformed, PostgreSQL is out of reach or refuses, the trigger that notifies is missing, or what is
     /// at the other end gives no sessions.
     pub fn wake_up(&self, dsn: Option<&Secret>) -> Result<(Listener, SleepLock), StoreError> {
-        let own = &self.shared.dsn;
-        let config = match dsn {
-            Some(dsn) => {
-                let name = own.get_application_name().unwrap_or_default();
-                connection_config(dsn, name.trim_start_matches("pg-outbox/"), self.shared.connect_timeout)?
-            }
-            None => own.clone(),
+        let shared = &self.shared;
+        let target = match dsn {
+            Some(dsn) => Target::new(dsn, &shared.parts, &shared.instance_id, shared.connect_timeout)?,
+            None => shared.target.clone(),
         };
-        let (mut listener, mut sleeper) = (connect(&config)?, connect(&config)?);
+        let (mut listener, mut sleeper) = (connect(&target)?, connect(&target)?);
         // A pooler gives a connection that comes back to it to whoever asks next.
         let mut pids = [0; 4];
         for (turn, pid) in pids.iter_mut().enumerate() {

@@ -76,6 +76,7 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
     };
     let database = Database {
         dsn: outbox.dsn(),
+        parts: outbox.parts(),
         max_connections: u32::try_from(threads).unwrap_or(u32::MAX),
         max_idle: u32::try_from(threads).unwrap_or(u32::MAX),
         connect_timeout: Duration::from_secs(10),

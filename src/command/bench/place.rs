@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::command::dispatcher::{Dispatcher, Program};
 use crate::command::migrate;
-use crate::config::{Config, NatsAuth, Secret};
+use crate::config::{Config, DsnParts, NatsAuth, Secret};
 use crate::publisher::streams::{Batches, Streams};
 use crate::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 use crate::store::Plain;
@@ -41,6 +41,7 @@ pub(super) struct Place {
 #[derive(Clone)]
 pub(super) struct Outbox {
     dsn: String,
+    parts: DsnParts,
     /// Statements of sessions with this DSN are counted.
     counted_dsn: Option<String>,
 }
@@ -51,9 +52,14 @@ impl Outbox {
         Secret::new(self.dsn.clone())
     }
 
+    /// What its connection string does not say.
+    pub(super) fn parts(&self) -> DsnParts {
+        self.parts.clone()
+    }
+
     /// A session.
     pub(super) fn session(&self) -> Result<Plain> {
-        Ok(Plain::connect(&self.dsn(), "bench")?)
+        Ok(Plain::connect(&self.dsn(), &self.parts, "bench")?)
     }
 }
 
@@ -99,7 +105,7 @@ impl Place {
         let mut place = Place::over(config)?;
         place.counts_statements = counts;
         if counts {
-            Plain::connect(&Secret::new(dsn), "bench")?
+            Plain::connect(&Secret::new(dsn), &DsnParts::default(), "bench")?
                 .run("CREATE EXTENSION pg_stat_statements SCHEMA public")?;
         }
         place.servers = Some((postgres, nats));
@@ -133,6 +139,7 @@ impl Place {
         let schema = format!("{}_{label}", self.name);
         let outbox = Outbox {
             dsn: with_options(&self.dsn, &format!("-csearch_path={schema}")),
+            parts: self.config.database.parts.clone(),
             counted_dsn: self.counts_statements.then(|| {
                 with_options(&self.dsn, &format!("-csearch_path={schema} -cpg_stat_statements.track=top"))
             }),
@@ -147,7 +154,7 @@ impl Place {
 
     /// A session outside all outboxes.
     pub(super) fn session(&self) -> Result<Plain> {
-        Ok(Plain::connect(&Secret::new(self.dsn.clone()), "bench")?)
+        Ok(Plain::connect(&Secret::new(self.dsn.clone()), &self.config.database.parts, "bench")?)
     }
 
     /// Makes a new stream in the place of the last one.

@@ -1,0 +1,220 @@
+//! What both servers' connections have in common over TLS: which certificates count, and who we say we are.
+//!
+//! [`Tls`] says what is wanted; [`Tls::client`] reads the files and makes rustls's configuration of it, anew for
+//! every connection, so that a renewed certificate counts from the next one on. The handshake's signature is always
+//! verified: whoever answers has the key of the certificate that it shows. How much that certificate must be worth is
+//! [`Check`]'s to say. TLS 1.2 and 1.3, with the ciphers of the *ring* library. Blocks on reading files alone.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring};
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+/// How TLS is wanted towards one server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// What must be true of the server's certificate.
+    pub check: Check,
+    /// Whose signature it must lead to.
+    pub roots: Roots,
+    /// Our own certificate (its chain behind it) and its key, should the server ask; files in PEM.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// What must be true of a server's certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing: keeps listeners out, and nobody else.
+    Nothing,
+    /// It is valid now, and leads to one of the roots.
+    Chain,
+    /// The same, and it is for the host that we called.
+    ChainAndName,
+}
+
+/// The CA certificates that count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Roots {
+    /// None are needed.
+    None,
+    /// Those of the system (`SSL_CERT_FILE`, or what the distribution installs).
+    System,
+    /// Those in this file, in PEM.
+    File(PathBuf),
+}
+
+impl Tls {
+    /// Reads the files and makes a configuration of them.
+    ///
+    /// # Errors
+    /// A file that cannot be read or used, named. The message holds nothing of what is in it.
+    pub fn client(&self) -> Result<ClientConfig, String> {
+        let provider = Arc::new(ring::default_provider());
+        let verifier = Verifier {
+            check: self.check,
+            roots: self.roots.read()?,
+            algorithms: provider.signature_verification_algorithms,
+        };
+        let builder = client_builder(provider)?;
+        let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+        let Some((certificate, key)) = &self.identity else { return Ok(builder.with_no_client_auth()) };
+        let chain = certificates(certificate)?;
+        let private = private_key(key)?;
+        builder.with_client_auth_cert(chain, private).map_err(|error| {
+            format!("{} and {} cannot be used together: {error}", certificate.display(), key.display())
+        })
+    }
+}
+
+fn client_builder(
+    provider: Arc<CryptoProvider>,
+) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, String> {
+    ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| format!("TLS cannot be used: {error}"))
+}
+
+impl Roots {
+    fn read(&self) -> Result<RootCertStore, String> {
+        let mut roots = RootCertStore::empty();
+        match self {
+            Roots::None => {}
+            Roots::System => {
+                let found = rustls_native_certs::load_native_certs();
+                // Some systems keep certificates that no library takes any more.
+                let (usable, _) = roots.add_parsable_certificates(found.certs);
+                if usable == 0 {
+                    let why = found.errors.first().map(|error| format!(": {error}")).unwrap_or_default();
+                    return Err(format!("the system has no CA certificates (ca-certificates){why}"));
+                }
+            }
+            Roots::File(path) => {
+                for certificate in certificates(path)? {
+                    roots
+                        .add(certificate)
+                        .map_err(|error| format!("{}: not a CA certificate: {error}", path.display()))?;
+                }
+            }
+        }
+        Ok(roots)
+    }
+}
+
+/// All certificates of a file in PEM; at least one.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| unreadable(path, &error))?;
+    if found.is_empty() {
+        return Err(format!("{}: holds no certificate in PEM", path.display()));
+    }
+    Ok(found)
+}
+
+/// The private key of a file in PEM that nobody but its owner, or root's group, can read: libpq's rule.
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
+    let named = |why: &dyn fmt::Display| format!("{}: {why}", path.display());
+    let file = fs::metadata(path).map_err(|error| named(&format_args!("cannot be read: {error}")))?;
+    let forbidden = if file.uid() == 0 { 0o037 } else { 0o077 };
+    if file.mode() & forbidden != 0 {
+        let allowed = "allowed: 0600, or 0640 if it is root's";
+        return Err(named(&format_args!(
+            "mode {:04o} lets others have the key; {allowed}",
+            file.mode() & 0o7777
+        )));
+    }
+    PrivateKeyDer::from_pem_file(path).map_err(|error| match error {
+        // So it is with one that a password protects.
+        pem::Error::NoItemsFound => named(&"holds no private key in PEM without a password"),
+        error => unreadable(path, &error),
+    })
+}
+
+/// The library's words quote what they could not read; a key is none of anybody's business.
+fn unreadable(path: &Path, error: &pem::Error) -> String {
+    match error {
+        pem::Error::Io(error) => format!("{}: cannot be read: {error}", path.display()),
+        _ => format!("{}: is not PEM", path.display()),
+    }
+}
+
+/// Whether TLS itself failed: the handshake, or what the other end said of it later.
+pub fn is_failure_of_tls(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let within = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        if error.is::<rustls::Error>()
+            || within.is_some_and(<dyn std::error::Error + Send + Sync>::is::<rustls::Error>)
+        {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// Judges a server's certificate.
+#[derive(Debug)]
+struct Verifier {
+    check: Check,
+    roots: RootCertStore,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if self.check == Check::Nothing {
+            return Ok(ServerCertVerified::assertion());
+        }
+        let certificate = ParsedCertificate::try_from(certificate)?;
+        verify_server_cert_signed_by_trust_anchor(
+            &certificate,
+            &self.roots,
+            intermediates,
+            now,
+            self.algorithms.all,
+        )?;
+        if self.check == Check::ChainAndName {
+            verify_server_name(&certificate, name)?;
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, certificate, signed, &self.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
