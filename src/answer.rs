@@ -120,8 +120,56 @@ pub struct StreamFacts {
     pub max_bytes: Option<usize>,
     /// Whether the stream takes atomic batches (nats-server 2.12 and later, `allow_atomic`).
     pub allow_atomic: bool,
+    /// How it keeps what it has acknowledged.
+    pub keeping: Keeping,
     /// What it holds.
     pub state: StreamState,
+}
+
+/// How a stream keeps messages, by its configuration: for `preflight.rs`, which says what of it needs attention.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Keeping {
+    /// `file` or `memory`.
+    pub storage: String,
+    /// `limits`, `interest` or `workqueue`.
+    pub retention: String,
+    /// What gives way when a limit is reached: `old` messages, or `new` ones, which are refused.
+    pub discard: String,
+    /// With `new`: the limit of a subject refuses too.
+    pub discard_new_per_subject: bool,
+    /// Most messages; none with 0 or less, as for the next two.
+    pub max_msgs: i64,
+    /// Most bytes.
+    pub max_bytes: i64,
+    /// Most messages of one subject.
+    pub max_msgs_per_subject: i64,
+    /// Servers that store each message.
+    #[serde(rename = "num_replicas")]
+    pub replicas: u32,
+    /// How long message ids are remembered, in nanoseconds.
+    #[serde(rename = "duplicate_window")]
+    pub duplicate_window_ns: u64,
+    /// `async`: acknowledged before it is written (nats-server 2.12). Empty or `default` otherwise.
+    pub persist_mode: String,
+}
+
+impl Default for Keeping {
+    /// What a server means by a field that it leaves out.
+    fn default() -> Keeping {
+        Keeping {
+            storage: "file".into(),
+            retention: "limits".into(),
+            discard: "old".into(),
+            discard_new_per_subject: false,
+            max_msgs: -1,
+            max_bytes: -1,
+            max_msgs_per_subject: -1,
+            replicas: 1,
+            duplicate_window_ns: 0,
+            persist_mode: String::new(),
+        }
+    }
 }
 
 /// What a stream holds, from the same answer.
@@ -160,12 +208,32 @@ struct StreamConfig {
     #[serde(default)]
     max_msg_size: i64,
     #[serde(default)]
-    max_bytes: i64,
-    #[serde(default)]
     allow_atomic: bool,
     #[serde(default)]
     sealed: bool,
+    #[serde(default)]
+    no_ack: bool,
+    #[serde(default)]
+    allow_msg_counter: bool,
     mirror: Option<serde_json::Value>,
+    #[serde(flatten)]
+    keeping: Keeping,
+}
+
+impl StreamConfig {
+    /// Why a stream that is so takes no events from us, whichever they are, if that is so.
+    fn cannot(&self) -> Option<&'static str> {
+        let reasons = [
+            (self.sealed, "is sealed: it takes no messages any more"),
+            (self.mirror.is_some(), "is a mirror: publish to the stream that it mirrors"),
+            (self.no_ack, "acknowledges nothing (no_ack): set that to false"),
+            (
+                self.allow_msg_counter,
+                "counts (allow_msg_counter) and stores no events: publish to another one",
+            ),
+        ];
+        reasons.into_iter().find(|(holds, _)| *holds).map(|(_, reason)| reason)
+    }
 }
 
 #[derive(Deserialize)]
@@ -194,13 +262,10 @@ pub fn stream_answer(body: &[u8], no_responders: bool, stream: &str) -> Result<S
         StreamInfo { cluster: Some(Cluster { leader }), .. } if leader.is_empty() => {
             Err(format!("stream {stream} has no leader"))
         }
-        StreamInfo { config: Some(StreamConfig { sealed: true, .. }), .. } => {
-            Err(format!("stream {stream} is sealed: it takes no messages any more"))
-        }
-        StreamInfo { config: Some(StreamConfig { mirror: Some(_), .. }), .. } => {
-            Err(format!("stream {stream} is a mirror: publish to the stream that it mirrors"))
-        }
-        StreamInfo { config: Some(config), state, .. } => Ok(facts(config, state.unwrap_or_default())),
+        StreamInfo { config: Some(config), state, .. } => match config.cannot() {
+            Some(reason) => Err(format!("stream {stream} {reason}")),
+            None => Ok(facts(config, state.unwrap_or_default())),
+        },
         StreamInfo { config: None, .. } => Err(format!("JetStream says nothing of stream {stream}")),
     }
 }
@@ -209,9 +274,10 @@ fn facts(config: StreamConfig, state: StreamState) -> StreamFacts {
     let limit = |value: i64| usize::try_from(value).ok().filter(|&limit| limit > 0);
     StreamFacts {
         max_msg_size: limit(config.max_msg_size),
-        max_bytes: limit(config.max_bytes),
+        max_bytes: limit(config.keeping.max_bytes),
         allow_atomic: config.allow_atomic,
         subjects: config.subjects,
+        keeping: config.keeping,
         state,
     }
 }
@@ -292,6 +358,13 @@ mod tests {
         assert_eq!((facts.max_msg_size, facts.max_bytes), (None, Some(1000)));
         assert!(facts.takes("app.orders.placed"));
         assert!(!facts.takes("other"));
+        assert_eq!(facts.keeping, Keeping { max_bytes: 1000, ..Keeping::default() });
+        let body = br#"{"config":{"name":"EVENTS","storage":"memory","num_replicas":3,"duplicate_window":5000000000}}"#;
+        let keeping = stream_answer(body, false, "EVENTS").unwrap().keeping;
+        assert_eq!(
+            (keeping.storage.as_str(), keeping.replicas, keeping.duplicate_window_ns),
+            ("memory", 3, 5_000_000_000)
+        );
     }
 
     #[test]
@@ -302,6 +375,8 @@ mod tests {
             (r#"{"config":{"name":"E","subjects":[]},"cluster":{"name":"c"}}"#, "no leader"),
             (r#"{"config":{"name":"E","sealed":true}}"#, "sealed"),
             (r#"{"config":{"name":"E","mirror":{"name":"O"}}}"#, "mirror"),
+            (r#"{"config":{"name":"E","no_ack":true}}"#, "no_ack"),
+            (r#"{"config":{"name":"E","allow_msg_counter":true}}"#, "counts"),
             ("nonsense", "cannot read"),
         ];
         for (body, part) in cases {

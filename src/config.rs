@@ -37,6 +37,9 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Connections that are not the workers': the claimer's next claim, and the gauges and other small reads.
 const CONNECTIONS_BESIDE_WORKERS: u32 = 2;
 
+/// Spare time between the end of a claim's waits and the database ending its transaction.
+const IDLE_IN_TRANSACTION_SPARE: Duration = Duration::from_secs(15);
+
 /// A value that must not be printed: `Debug` and `Display` show `***`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -132,6 +135,23 @@ impl Config {
         reading.check_keys(node);
         check_together(reading, &config);
         config
+    }
+
+    /// The longest that a claim works, its own dues to the database left out: it sends, waits for the last ack, and may
+    /// probe twice as long again.
+    pub fn longest_claim(&self) -> Duration {
+        self.dispatcher.claim_budget + 3 * self.nats.ack_timeout
+    }
+
+    /// After this the database ends the transaction of a claim from which nothing is heard, which frees its lanes.
+    pub fn idle_in_transaction_timeout(&self) -> Duration {
+        self.longest_claim() + IDLE_IN_TRANSACTION_SPARE
+    }
+
+    /// After this, at the latest, an event is sent again that the stream stored for an instance which then vanished
+    /// with its machine: the database frees its lanes, another instance looks from the beginning, and its claim sends.
+    pub fn sent_again_within(&self) -> Duration {
+        self.idle_in_transaction_timeout() + self.dispatcher.fallback_interval + self.dispatcher.claim_budget
     }
 }
 

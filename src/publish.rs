@@ -579,8 +579,8 @@ impl<'a> Flight<'a> {
         let event = &self.events[index];
         let failure = Failure::Unanswered {
             error: format!(
-                "no ack within {}s though server and stream answer: is the stream's no_ack set, \
-                 or does another stream take {}?",
+                "no ack within {}s though server and stream answer: is {} a subject of the stream, or does \
+                 somebody else take it?",
                 self.publish.ack_timeout.as_secs_f64(),
                 self.live.topic_map.subject(&event.topic)
             ),

@@ -36,9 +36,6 @@ use crate::upkeep::Upkeep;
 use crate::wakeup::{Doze, Sleeper, Wakeup};
 use crate::worker::{DrainCount, Worker};
 
-/// Spare time between the end of a claim's waits and the database ending its transaction.
-const IDLE_IN_TRANSACTION_SPARE: Duration = Duration::from_secs(15);
-
 /// The running service.
 ///
 /// ```no_run
@@ -108,16 +105,14 @@ impl Service {
             config.clone();
         let live = Live::new(Settings::of(&config));
         let workers = dispatcher.workers;
-        // A claim sends, waits for the last ack, and may probe twice as long again.
-        let longest_claim = dispatcher.claim_budget + 3 * nats.ack_timeout;
         // Between two beats a thread may also wait for a connection, and once more right after.
-        let stuck = longest_claim + 2 * database.connect_timeout + dispatcher.stuck_after;
+        let stuck = config.longest_claim() + 2 * database.connect_timeout + dispatcher.stuck_after;
         let store = Store::new(
             &database,
             &dispatcher.instance_id,
             ClaimSettings {
                 synchronous_commit: database.synchronous_commit,
-                idle_in_transaction_timeout: longest_claim + IDLE_IN_TRANSACTION_SPARE,
+                idle_in_transaction_timeout: config.idle_in_transaction_timeout(),
                 ordered: ordering.enabled,
                 block_on_dead: ordering.on_dead == OnDead::Block,
                 backoff_max: dispatcher.backoff_max,
@@ -160,7 +155,8 @@ impl Service {
             threads.spawn("http", move || http.run(&http_stopped))?;
         }
         let stop_keeper = stopped.clone();
-        threads.spawn("nats", move || keeper.run(&stop_keeper))?;
+        let (keeper_live, sent_again_within) = (live.clone(), config.sent_again_within());
+        threads.spawn("nats", move || keeper.run(&keeper_live, sent_again_within, &stop_keeper))?;
         for slot in 0..workers {
             let name = format!("worker-{slot}");
             let worker = Worker {

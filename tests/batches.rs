@@ -2,20 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Nats, NatsOptions, Store};
+use pg_outbox::sandbox::Store;
 use serde_json::json;
 
 use super::delivery::wait_drained;
-use super::harness::stream::current_nats_server;
+use super::harness::stream::current_nats;
 use super::harness::workload::writers_until;
 use super::harness::{Config, Daemon, TestStream, Workload, check_history, database, wait_until, writers};
 
 const LIMIT: Duration = Duration::from_secs(90);
-
-fn current_nats() -> Nats {
-    let options = NatsOptions { program: Some(current_nats_server()), ..NatsOptions::default() };
-    Nats::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
-}
 
 /// The payloads' numbers, in the order of the stream.
 fn numbers(stream: &TestStream) -> Vec<i64> {

@@ -4,13 +4,17 @@
 //! Each test runs the built program and looks at its lines and its exit code.
 
 use std::path::Path;
+use std::time::Duration;
 
-use serde_json::json;
+use pg_outbox::sandbox::Store;
+use serde_json::{Value, json};
 
 use super::harness::daemon::pg_outbox;
 use super::harness::database::{shared_postgres, start_postgres};
-use super::harness::stream::shared_nats;
-use super::harness::{Config, TestDb, TestStream, database, start_nats, stream, unique};
+use super::harness::stream::{current_nats, shared_nats};
+use super::harness::{Config, Daemon, TestDb, TestStream, database, start_nats, stream, unique, wait_until};
+
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// What a command printed, and its exit code.
 struct Ran {
@@ -36,12 +40,14 @@ fn run(arguments: &[&str], config: Option<&str>) -> Ran {
     }
 }
 
-/// Runs `check` and returns its lines as (ok, what, detail), having made sure that the exit code fits them.
+/// Runs `check` and returns its lines as (ok, what, detail), without warnings, having made sure that the exit code
+/// fits them.
 fn check(config: &Config) -> Vec<(bool, String, String)> {
     let ran = run(&["check"], Some(&config.yaml()));
     let lines: Vec<_> = ran
         .stdout
         .lines()
+        .filter(|line| !line.starts_with("warn  "))
         .map(|line| {
             let (verdict, rest) = line.split_at(6);
             let (what, detail) = rest.split_once(": ").unwrap_or_else(|| panic!("{line}"));
@@ -56,6 +62,13 @@ fn check(config: &Config) -> Vec<(bool, String, String)> {
     let all_ok = lines.iter().all(|(ok, ..)| *ok);
     assert_eq!(ran.code, Some(i32::from(!all_ok)), "{}{}", ran.stdout, ran.stderr);
     lines
+}
+
+/// The warnings of `check`, which change no exit code.
+fn warnings(config: &Config) -> Vec<String> {
+    let ran = run(&["check"], Some(&config.yaml()));
+    assert_eq!(ran.code, Some(0), "{}{}", ran.stdout, ran.stderr);
+    ran.stdout.lines().filter_map(|line| line.strip_prefix("warn  ")).map(str::to_owned).collect()
 }
 
 /// The only line about `what`.
@@ -216,6 +229,83 @@ authorization {
     let lines = check(&config.set("nats.url", restricted));
     let question = format!("$JS.API.STREAM.INFO.{}", stream.name);
     only_failure(&lines, "stream", &["permission denied", &question, "allow it"]);
+}
+
+#[test]
+fn check_warns_of_a_stream_that_keeps_less_than_it_could() {
+    let db = database();
+    let warned = |nats: &str, settings: Value| {
+        let stream = TestStream::on(nats, &settings);
+        (warnings(&Config::new(&db, &stream)), stream)
+    };
+    let (found, stream) = warned(&shared_nats().url(), json!({}));
+    assert_eq!(found.len(), 1, "the server has one replica: {found:?}");
+    assert!(found[0].starts_with(&format!("stream {}: one replica", stream.name)), "{found:?}");
+    let current = current_nats();
+    let cases = [
+        (json!({"duplicate_window": 60_000_000_000_u64}), "duplicate_window is 1m"),
+        (json!({"max_msgs": 1_000}), "max_msgs 1000 it drops"),
+        (json!({"max_msgs": 1_000, "max_bytes": 1_000_000}), "max_msgs 1000, max_bytes 1000000 it drops"),
+        (json!({"max_msg_size": 2_000}), "max_msg_size is 2000 B"),
+        (json!({"retention": "interest"}), "retention is interest"),
+        (
+            json!({"discard": "new", "discard_new_per_subject": true, "max_msgs_per_subject": 5}),
+            "holds 5 messages",
+        ),
+        (json!({"storage": "memory"}), "memory of one server"),
+        (json!({"persist_mode": "async"}), "persist_mode async"),
+    ];
+    for (settings, expected) in cases {
+        for nats in [shared_nats().url(), current.url()] {
+            // Only a current server knows it; the older one leaves it out.
+            if settings.get("persist_mode").is_some() && nats != current.url() {
+                continue;
+            }
+            let (mut found, _) = warned(&nats, settings.clone());
+            found.retain(|warning| !warning.contains("one replica"));
+            assert!(found.len() == 1 && found[0].contains(expected), "{settings}: {found:?}");
+        }
+    }
+}
+
+#[test]
+fn check_fails_for_a_stream_that_takes_no_events() {
+    let db = database();
+    let nats = current_nats();
+    let failed = |stream: &TestStream, part: &str| {
+        only_failure(&check(&Config::new(&db, stream)), "stream", &[&stream.name, part]);
+    };
+    let sealed = TestStream::on(&nats.url(), &json!({}));
+    sealed.update(&json!({"sealed": true}));
+    failed(&sealed, "sealed");
+    let mirror = TestStream::on(
+        &nats.url(),
+        &json!({"subjects": [], "mirror": {"name": sealed.name}, "duplicate_window": 0}),
+    );
+    failed(&mirror, "mirror");
+    failed(&TestStream::on(&nats.url(), &json!({"no_ack": true})), "no_ack");
+    failed(&TestStream::on(&nats.url(), &json!({"allow_msg_counter": true})), "allow_msg_counter");
+}
+
+#[test]
+fn run_says_once_what_does_not_fit_and_again_what_is_new_after_a_reconnect() {
+    let mut nats = start_nats("");
+    let (db, stream) = (database(), TestStream::on(&nats.url(), &json!({})));
+    let config = Config::new(&db, &stream).set_in("nats.topic_map", "lost.*", "elsewhere.*");
+    let daemon = Daemon::start(&config);
+    let wait = |text: &str| {
+        wait_until(text, LIMIT, &[&daemon], || !daemon.log_lines(text).is_empty());
+    };
+    wait("one replica");
+    wait("events cannot be published: elsewhere.* is not in stream");
+    nats.kill().unwrap();
+    nats.start_again(Store::Kept).unwrap();
+    stream.update(&json!({"duplicate_window": 1_000_000_000_u64}));
+    wait("duplicate_window is 1s");
+    wait_until("it is ready", LIMIT, &[&daemon], || daemon.get("/ready").0 == 200);
+    for once in ["one replica", "elsewhere.* is not in stream", "duplicate_window is 1s"] {
+        assert_eq!(daemon.log_lines(once).len(), 1, "{once}: {}", daemon.log());
+    }
 }
 
 #[test]

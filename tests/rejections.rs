@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::delivery::wait_drained;
-use super::harness::{Config, Daemon, TestDb, TestStream, database, start_nats, stream, wait_until};
+use super::harness::wire::Client;
+use super::harness::{Config, Daemon, TestDb, TestStream, database, start_nats, stream, unique, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -135,11 +136,19 @@ fn a_denied_subject_rejects_that_event_and_nothing_else() {
 fn an_event_without_an_ack_is_no_outage() {
     let db = database();
     let stream = stream();
-    stream.update(&json!({ "no_ack": true }));
-    let config = quick_backoff(Config::new(&db, &stream)).set("nats.ack_timeout", "300ms");
+    // Somebody listens on the subject, and no stream takes it: nobody says so, and nobody acknowledges.
+    let subject = unique("silence.");
+    let mut listener = Client::connect(&stream.url);
+    listener.subscribe(&subject);
+    listener.flush();
+    let config = quick_backoff(Config::new(&db, &stream)).set("nats.ack_timeout", "300ms").set_in(
+        "nats.topic_map",
+        "silent.thing",
+        subject.as_str(),
+    );
     let daemon = Daemon::start(&config);
     daemon.wait_ready();
-    let silent = db.event("order.placed", "k", "{}");
+    let silent = db.event("silent.thing", "k", "{}");
     wait_until("it is tried again", LIMIT, &[&daemon, &db], || {
         db.number("SELECT count(*) FROM outboxes WHERE next_attempt_at IS NOT NULL AND attempts = 0") == 1
     });
@@ -148,9 +157,28 @@ fn an_event_without_an_ack_is_no_outage() {
     });
     let (attempts, error) = dead_letter(&db, silent).unwrap();
     assert_eq!(attempts, 3);
-    assert!(error.contains("no ack within 0.3s") && error.contains("no_ack"), "{error}");
+    assert!(error.contains("no ack within 0.3s") && error.contains(&subject), "{error}");
     assert!(daemon.log_lines("outage begins").is_empty(), "{}", daemon.log());
     assert_eq!(daemon.get("/ready").0, 200);
+}
+
+#[test]
+fn a_stream_that_acknowledges_nothing_is_an_outage() {
+    let db = database();
+    let stream = stream();
+    let config = quick_backoff(Config::new(&db, &stream)).set("nats.ack_timeout", "300ms");
+    let daemon = Daemon::start(&config);
+    daemon.wait_ready();
+    stream.update(&json!({ "no_ack": true }));
+    db.events("order.placed", 25, 5);
+    wait_until("it says what is the matter", LIMIT, &[&daemon], || {
+        let (status, body) = daemon.get("/ready");
+        status == 503 && body.contains("no_ack")
+    });
+    stream.update(&json!({ "no_ack": false }));
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    assert_eq!(stream.count(), 25);
+    assert_eq!(db.number("SELECT count(*) FROM outboxes WHERE attempts > 1"), 0);
 }
 
 #[test]

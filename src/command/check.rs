@@ -1,19 +1,20 @@
 //! `pg-outbox check`: reads the configuration, looks at both servers, and says line by line what is ready.
 //!
 //! Runs on the main thread. Changes nothing: it neither adds the schema nor creates the stream. Every line says
-//! ok, or what is wrong and what to do. One attempt at each server, without the patience of the daemon.
+//! ok, or what is wrong and what to do; `warn` is for what works and promises less than it could (`preflight.rs`),
+//! and changes no exit code. One attempt at each server, without the patience of the daemon.
 
 use std::path::Path;
 
 use anyhow::Result;
 
-use crate::answer::{self, StreamFacts};
-use crate::config::Config;
+use crate::answer::{self, Keeping, StreamFacts};
+use crate::config::{Config, JetStream, Storage};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::preflight::{self, Finding, Needs};
 use crate::publisher::Publisher;
 use crate::store::{ClaimSettings, Store};
-use crate::topic_map;
 
 /// Checks everything and prints one line each. True when all is ready.
 ///
@@ -41,6 +42,11 @@ impl Report {
                 println!("FAIL  {what}: {problem}");
             }
         }
+    }
+
+    /// Works, but somebody should know.
+    fn warning(&self, text: &str) {
+        println!("warn  {text}");
     }
 }
 
@@ -105,21 +111,49 @@ fn check_nats(config: &Config, report: &mut Report) {
         Err(cause) if jetstream.create && cause.contains(answer::MISSING) => {
             let subjects = jetstream.subjects.join(", ");
             report.line("stream", Ok(format!("{stream} is missing; run will create it and take {subjects}")));
-            StreamFacts { subjects: jetstream.subjects.clone(), ..StreamFacts::default() }
+            to_be_created(jetstream)
         }
         Err(cause) => return report.line("stream", Err(cause)),
     };
     for target in config.nats.topic_map.targets() {
         report.line("topic map", check_target(target, stream, &facts));
     }
+    let needs = Needs {
+        stream,
+        topic_map: &config.nats.topic_map,
+        sent_again_within: config.sent_again_within(),
+        max_payload: survey.max_payload,
+    };
+    for finding in preflight::findings(&facts, needs) {
+        match finding {
+            Finding::Warning(text) => report.warning(&text),
+            // Has its own line above.
+            Finding::Problem(_) => {}
+        }
+    }
+}
+
+/// The facts of the stream that `run` will create.
+fn to_be_created(jetstream: &JetStream) -> StreamFacts {
+    let storage = match jetstream.storage {
+        Storage::File => "file",
+        Storage::Memory => "memory",
+    };
+    StreamFacts {
+        subjects: jetstream.subjects.clone(),
+        keeping: Keeping {
+            storage: storage.into(),
+            replicas: jetstream.replicas,
+            duplicate_window_ns: u64::try_from(jetstream.duplicate_window.as_nanos()).unwrap_or(u64::MAX),
+            ..Keeping::default()
+        },
+        ..StreamFacts::default()
+    }
 }
 
 fn check_target(target: &str, stream: &str, facts: &StreamFacts) -> Result<String, String> {
-    if facts.subjects.iter().any(|subject| topic_map::contains(subject, target)) {
-        Ok(format!("{target} is in stream {stream}"))
-    } else {
-        Err(format!(
-            "{target} is not in stream {stream}: add it to the stream's subjects or map the topic elsewhere"
-        ))
+    match preflight::outside(target, facts, stream) {
+        None => Ok(format!("{target} is in stream {stream}")),
+        Some(problem) => Err(problem),
     }
 }

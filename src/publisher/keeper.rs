@@ -19,7 +19,10 @@ use super::session::{ProbeFailure, Session};
 use super::{Publisher, Shared, seconds};
 use crate::answer::{self, StreamFacts};
 use crate::health::Part;
+use crate::live::Live;
 use crate::outage::Gate;
+use crate::preflight::{self, Finding, Needs};
+use crate::topic_map::TopicMap;
 
 /// How often the keeper looks at a link that is idle.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
@@ -43,6 +46,8 @@ pub struct Keeper {
     servers: BTreeSet<String>,
     /// Which server is dialled next.
     turn: usize,
+    /// What did not fit when the stream was last looked at.
+    found: Vec<Finding>,
 }
 
 /// What one look at NATS found.
@@ -51,20 +56,28 @@ pub struct Survey {
     pub server: String,
     /// The stream's facts, or why it cannot take events; empty facts over core NATS.
     pub stream: Result<StreamFacts, String>,
+    /// The server's limit on a message, in bytes.
+    pub max_payload: usize,
 }
 
 impl Keeper {
     pub(super) fn new(publisher: Publisher) -> Keeper {
         let servers = publisher.0.settings.servers.iter().cloned().collect();
         // Instances that start together do not all go to the same server.
-        Keeper { publisher, servers, turn: fastrand::usize(..1024) }
+        Keeper { publisher, servers, turn: fastrand::usize(..1024), found: Vec::new() }
     }
 
-    /// Runs until `stop` fires.
+    /// Runs until `stop` fires. What of the stream does not fit `live` and `sent_again_within` (see
+    /// [`preflight`]) it says in the log.
     ///
     /// # Errors
     /// When none of the first `nats.max_retries` attempts to connect succeeds, and when too many attempts hang.
-    pub fn run(mut self, stop: &Receiver<Infallible>) -> Result<()> {
+    pub fn run(
+        mut self,
+        live: &Live,
+        sent_again_within: Duration,
+        stop: &Receiver<Infallible>,
+    ) -> Result<()> {
         let settings = &self.shared().settings;
         let lawful =
             DIALS_MAX as u32 * DIAL_WAITS * settings.connect_timeout + CHECK_WAITS * settings.ack_timeout;
@@ -74,6 +87,7 @@ impl Keeper {
         }
         loop {
             heartbeat.beat();
+            self.compare(&live.now().topic_map, sent_again_within);
             let (pause, closed) = match &self.publisher.state().gate {
                 Gate::Closed { next_try, .. } => (next_try.saturating_duration_since(Instant::now()), true),
                 Gate::Open | Gate::Trial { .. } => (IDLE_CHECK, false),
@@ -104,7 +118,7 @@ impl Keeper {
             Err(ProbeFailure::Stream(cause)) => Err(cause),
             Err(ProbeFailure::Link(cause)) => return Err(anyhow!(cause)),
         };
-        Ok(Survey { server: session.server().to_string(), stream })
+        Ok(Survey { server: session.server().to_string(), stream, max_payload: session.max_payload() })
     }
 
     fn shared(&self) -> &Shared {
@@ -203,6 +217,27 @@ impl Keeper {
         shared.health.set(Part::Nats, Ok(()));
         shared.health.set(Part::Stream, Ok(()));
         Ok(())
+    }
+
+    /// Compares the stream, as last heard of, with what we rely on, and logs what did not use to be so.
+    fn compare(&mut self, topic_map: &TopicMap, sent_again_within: Duration) {
+        let state = self.publisher.state();
+        let (Some(link), Some((_, facts))) = (state.link.clone(), state.facts.clone()) else { return };
+        drop(state);
+        let needs = Needs {
+            stream: &self.shared().settings.jetstream.stream_name,
+            topic_map,
+            sent_again_within,
+            max_payload: link.max_payload.load(Ordering::Relaxed),
+        };
+        let found = preflight::findings(&facts, needs);
+        for finding in found.iter().filter(|finding| !self.found.contains(finding)) {
+            match finding {
+                Finding::Problem(text) => log::error!("events cannot be published: {text}"),
+                Finding::Warning(text) => log::warn!("{text}"),
+            }
+        }
+        self.found = found;
     }
 
     /// A probe failed: says so, and abandons a link that does not even echo.

@@ -39,6 +39,12 @@ pub fn current_nats_server() -> PathBuf {
     program
 }
 
+/// A private server of the current version.
+pub fn current_nats() -> Nats {
+    let options = NatsOptions { program: Some(current_nats_server()), ..NatsOptions::default() };
+    Nats::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
 /// A private server, for a test that stops or pauses it; `config` is added to its config file.
 pub fn start_nats(config: &str) -> Nats {
     let options = NatsOptions { config: config.to_owned(), ..NatsOptions::default() };
