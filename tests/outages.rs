@@ -1,7 +1,7 @@
 //! Outages of either server under load: nothing is lost, no event is charged, and nobody has to help.
 
 use std::net::TcpListener;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -168,8 +168,9 @@ fn terminated_backends_are_replaced() {
     check_history(&history.committed, &stream.messages()).assert_clean();
 }
 
-/// A subscriber of core NATS that outlives restarts of the server, as a real one does.
-fn subscribe(url: &str, subject: &str, stop: &AtomicBool) -> Vec<Stored> {
+/// A subscriber of core NATS that outlives restarts of the server, as a real one does. It counts in `times` how often
+/// it has subscribed.
+fn subscribe(url: &str, subject: &str, times: &AtomicU64, stop: &AtomicBool) -> Vec<Stored> {
     let mut stored: Vec<Stored> = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let Ok(mut client) = std::panic::catch_unwind(|| wire::Client::connect(url)) else {
@@ -180,6 +181,7 @@ fn subscribe(url: &str, subject: &str, stop: &AtomicBool) -> Vec<Stored> {
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client.flush())).is_err() {
             continue;
         }
+        times.fetch_add(1, Ordering::Relaxed);
         while !stop.load(Ordering::Relaxed) {
             let waited = Instant::now();
             match client.next(Duration::from_millis(200)) {
@@ -204,20 +206,31 @@ fn core_nats_settles_nothing_that_a_subscriber_did_not_get() {
     let daemon = Daemon::start(&Config::new(&db, &stream).set("nats.jetstream.enabled", false));
     daemon.wait_ready();
     let (stop, url, subject) = (AtomicBool::new(false), nats.url(), format!("{}.>", stream.prefix));
-    let mut expected = 0;
+    let times = AtomicU64::new(0);
+    let (mut expected, mut cut) = (0, 0);
     let stored = thread::scope(|scope| {
-        let subscriber = scope.spawn(|| subscribe(&url, &subject, &stop));
-        for round in 0..6_u64 {
+        let subscriber = scope.spawn(|| subscribe(&url, &subject, &times, &stop));
+        let subscribed = |round: u64| {
+            wait_until("there is a subscriber", LIMIT, &[&daemon], || times.load(Ordering::Relaxed) > round);
+        };
+        let hold = || {
             let mut holder = db.client();
             holder.batch_execute("BEGIN; SELECT lane FROM outbox_lanes FOR UPDATE").unwrap();
+            holder
+        };
+        subscribed(0);
+        for round in 0..6_u64 {
+            let held = hold();
             db.events("order.placed", 4_000, 200);
             expected += 4_000;
-            thread::sleep(Duration::from_secs(1));
-            holder.batch_execute("ROLLBACK").unwrap();
-            thread::sleep(Duration::from_millis(20 + 15 * round));
+            drop(held);
+            thread::sleep(Duration::from_millis(30 + 15 * round));
             nats.kill().unwrap();
+            let held = hold();
+            cut += usize::from((1..4_000).contains(&db.pending()));
             nats.start_again(Store::Kept).unwrap();
-            // Whatever the daemon sends now waits for the gate, which takes longer than the subscriber's return.
+            subscribed(round + 1);
+            drop(held);
             wait_until("the round is published", LIMIT, &[&daemon, &db], || db.pending() == 0);
         }
         thread::sleep(Duration::from_millis(500));
@@ -227,6 +240,7 @@ fn core_nats_settles_nothing_that_a_subscriber_did_not_get() {
     let mut client = db.client();
     let settled = client.query("SELECT id::text FROM outboxes WHERE published_at IS NOT NULL", &[]).unwrap();
     assert_eq!(settled.len(), expected);
+    assert!(cut > 0, "no kill came in the middle of a round");
     let got: std::collections::HashSet<&str> = stored.iter().map(|message| message.msg_id.as_str()).collect();
     let missed = settled.iter().filter(|row| !got.contains(row.get::<_, &str>(0))).count();
     assert_eq!(missed, 0, "settled, and never received; {}", daemon.log());
