@@ -28,7 +28,7 @@ use crate::health::{Health, Heartbeat, Part};
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;
-use crate::store::{Found, LANES, ServerLife, Store, StoreError};
+use crate::store::{Found, LANES, ServerLife, Sessions, Store, StoreError};
 use crate::wakeup::Doze;
 use crate::worker::{Finished, Job};
 
@@ -176,12 +176,13 @@ impl Claimer {
         }
     }
 
-    /// Waits until the schema is there, saying once what is missing.
+    /// Waits until the schema is there, saying once what is missing. Learns before what connections are.
     fn await_schema(&self, stop: &Receiver<Infallible>) -> Next {
         let mut said = String::new();
+        let mut sessions = None;
         loop {
             self.heartbeat.beat();
-            let missing = match self.store.schema_problems() {
+            let missing = match self.schema_problems(&mut sessions) {
                 Ok(problems) if problems.is_empty() => {
                     self.health.set(Part::Postgres, Ok(()));
                     self.health.set(Part::Schema, Ok(()));
@@ -207,6 +208,18 @@ impl Claimer {
                 default(self.poll_interval.min(Duration::from_secs(1))) => {}
             }
         }
+    }
+
+    /// What the schema lacks; the first time, what connections are as well.
+    fn schema_problems(&self, sessions: &mut Option<Sessions>) -> Result<Vec<String>, StoreError> {
+        if sessions.is_none() {
+            *sessions = Some(self.store.probe_sessions()?);
+            if *sessions == Some(Sessions::Shared) {
+                let so = self.store.in_shared_sessions();
+                log::info!("connections share sessions, as behind a transaction pooler: {so}");
+            }
+        }
+        self.store.schema_problems()
     }
 
     /// Waits while an outage keeps the gate closed.

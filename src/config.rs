@@ -223,6 +223,8 @@ pub struct Database {
     pub listen: bool,
     /// Connection string for LISTEN alone, around a transaction pooler. Default: dsn.
     pub listen_dsn: Option<Secret>,
+    /// Whether statements are prepared once a connection. Default auto.
+    pub prepared_statements: PreparedStatements,
     /// Settle with synchronous_commit on. Default false: a PostgreSQL crash then republishes a moment's events.
     pub synchronous_commit: bool,
 }
@@ -241,6 +243,17 @@ pub struct DsnParts {
     pub sslcert: Option<PathBuf>,
     /// `sslkey`: file with its key.
     pub sslkey: Option<PathBuf>,
+}
+
+/// Whether statements are prepared once a connection, which a pooler in transaction mode may not carry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PreparedStatements {
+    /// Where a self-test shows that connections are sessions.
+    Auto,
+    /// Everywhere: a pooler that is between keeps them.
+    Always,
+    /// Nowhere.
+    Never,
 }
 
 /// How NATS is reached, and what events become there.
@@ -429,8 +442,10 @@ fn ordering(reading: &mut Reading<'_>, root: &Section<'_>) -> Ordering {
 }
 
 fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
-    use values::{boolean, count, dsn, duration, file, optional_dsn, secret, user};
+    use PreparedStatements::{Always, Auto, Never};
+    use values::{boolean, count, dsn, duration, file, one_of, optional_dsn, secret, user};
     let section = reading.section(root, "database");
+    let preparing = [("auto", Auto), ("always", Always), ("never", Never)];
     let mut value = Keys { reading, section: &section };
     let dsn = value.secret("dsn", Secret::new(""), dsn);
     let parts = DsnParts {
@@ -449,6 +464,11 @@ fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
         connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
         listen: value.of("listen", true, boolean),
         listen_dsn: value.secret("listen_dsn", None, optional_dsn),
+        prepared_statements: value.of(
+            "prepared_statements",
+            Auto,
+            one_of("way to prepare statements", &preparing),
+        ),
         synchronous_commit: value.of("synchronous_commit", false, boolean),
     };
     if !reading.is_given("database.dsn") {

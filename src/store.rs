@@ -12,10 +12,22 @@
 //! once (but for a password that crosses the network in clear). A connection that has seen any error is closed, never pooled again: what state its transaction is
 //! in, nobody knows. Dropping a claim rolls it back.
 
+/// The statement in `store/<name>.sql`, and the types of its parameters.
+macro_rules! query {
+    ($name:literal $(, $parameter:ident)*) => {
+        $crate::store::Query {
+            name: $name,
+            text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/store/", $name, ".sql")),
+            types: &[$(postgres::types::Type::$parameter),*],
+        }
+    };
+}
+
 mod dsn;
 mod overview;
 mod partitions;
 mod plain;
+mod sessions;
 mod target;
 mod wake;
 
@@ -34,6 +46,7 @@ use postgres::{Client, Row, Statement};
 use r2d2::{HandleError, ManageConnection};
 use uuid::Uuid;
 
+use self::sessions::Preparing;
 use self::target::Target;
 use crate::config::{Database, DsnParts, Secret};
 use crate::cursors::{self, Reading, Writer};
@@ -45,6 +58,7 @@ pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
 };
 pub use self::plain::{Insert, Plain};
+pub use self::sessions::Sessions;
 pub use self::wake::{Asked, Listener, SleepLock};
 
 /// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`.
@@ -109,6 +123,7 @@ struct Shared {
     backoff_max_ms: AtomicI64,
     /// Begins a claim's transaction, with its settings, in one round trip.
     begin_claim: String,
+    preparing: Preparing,
 }
 
 /// What the pool holds right now.
@@ -181,6 +196,7 @@ impl Store {
             max_idle: database.max_idle,
             backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
             begin_claim: begin_claim(&settings),
+            preparing: Preparing::new(database.prepared_statements),
             settings,
         };
         Ok(Store { pool, shared: Arc::new(shared) })
@@ -192,7 +208,7 @@ impl Store {
     /// PostgreSQL is out of reach or refuses.
     pub fn open(&self) -> Result<Opening, StoreError> {
         let mut connection = self.connection()?;
-        connection.batch(&self.shared.begin_claim)?;
+        connection.begin(&self.shared.begin_claim)?;
         Ok(Opening { transaction: Transaction(Some(connection)), shared: self.shared.clone() })
     }
 
@@ -203,11 +219,12 @@ impl Store {
     /// PostgreSQL is out of reach or refuses.
     pub fn horizon(&self) -> Result<Option<Reading>, StoreError> {
         let mut connection = self.connection()?;
+        connection.begin(&begin_reading(STATEMENT_TIMEOUT))?;
         let last_seq: Option<i64> = first(&connection.query(&LAST_SEQ, &[])?, |row| row.try_get(0))?;
-        let Some(last_seq) = last_seq else { return Ok(None) };
         let rows = connection.query(&OPEN_WRITERS, &[])?;
+        connection.batch("COMMIT")?;
         let writers = read_all(&rows, |row| Ok(Writer { name: row.try_get(0)?, prepared: row.try_get(1)? }))?;
-        Ok(Some(Reading { last_seq, writers: writers.into_iter().collect() }))
+        Ok(last_seq.map(|last_seq| Reading { last_seq, writers: writers.into_iter().collect() }))
     }
 
     /// Backoffs are now up to `longest`. What counts as further off than any backoff follows a longer one, or
@@ -295,9 +312,8 @@ impl Store {
         &self.shared.address
     }
 
-    /// Brings the schema up to date over a connection of its own, which must not lead through a transaction
-    /// pooler. `order` is what a key is (`key`, `topic`
-    /// or `all`), chosen by the first migration; `None` is `key` then, and whatever it is later.
+    /// Brings the schema up to date over a connection of its own. `order` is what a key is (`key`, `topic` or `all`),
+    /// chosen by the first migration; `None` is `key` then, and whatever it is later.
     ///
     /// # Errors
     /// PostgreSQL is out of reach, too old (below 14), or refuses; the schema is in another order. Nothing
@@ -307,11 +323,13 @@ impl Store {
         let mut client = connect(&target)?;
         let before = schema_version(&mut client)?;
         let sql = |error: postgres::Error| StoreError::from(&error);
-        client
-            .execute("SELECT set_config('pg_outbox.order', $1, false)", &[&order.unwrap_or_default()])
-            .map_err(sql)?;
+        let order = order.unwrap_or_default().replace('\'', "''");
         for (_, text) in MIGRATIONS {
-            client.batch_execute(text).map_err(sql)?;
+            // In one message: the setting belongs to the transaction that the file begins, and ends with it. It takes no
+            // snapshot, so that the file may still choose the isolation level.
+            client
+                .batch_execute(&format!("SET LOCAL pg_outbox.\"order\" = '{order}'; {text}"))
+                .map_err(sql)?;
         }
         let version = schema_version(&mut client)?;
         let applied = MIGRATIONS.iter().map(|(version, _)| *version).filter(|version| *version > before);
@@ -336,7 +354,7 @@ impl Store {
                 )),
             }
         })?;
-        Ok(Connection { pooled, pool: self.pool.clone(), max_idle: self.shared.max_idle })
+        Ok(Connection { pooled, pool: self.pool.clone(), shared: self.shared.clone() })
     }
 
     /// Runs one reading statement in a transaction with a timeout.
@@ -347,11 +365,7 @@ impl Store {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
         let mut connection = self.connection()?;
-        connection.batch(&format!(
-            "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; \
-             {CLAIM_PLANS}, set_config('statement_timeout', '{}', true)",
-            milliseconds(timeout)
-        ))?;
+        connection.begin(&begin_reading(timeout))?;
         let rows = connection.query(query, params)?;
         connection.batch("COMMIT")?;
         Ok(rows)
@@ -706,28 +720,25 @@ impl fmt::Display for StoreError {
 
 impl std::error::Error for StoreError {}
 
-/// A statement of `store/*.sql`, prepared once a connection.
+/// A statement of `store/*.sql`, prepared once a connection where connections are sessions.
 struct Query {
     name: &'static str,
     text: &'static str,
+    /// Of `$1`, `$2`, ...
+    types: &'static [Type],
 }
 
-macro_rules! query {
-    ($name:literal) => {
-        Query { name: $name, text: include_str!(concat!("store/", $name, ".sql")) }
-    };
-}
-
-const FIND_LANES: Query = query!("find_lanes");
-const LOCK_LANES: Query = query!("lock_lanes");
-const READ_EVENTS: Query = query!("read_events");
-const LEFT_OUT: Query = query!("left_out");
+const FIND_LANES: Query = query!("find_lanes", INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
+const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
+const READ_EVENTS: Query = query!("read_events", INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY);
+const LEFT_OUT: Query = query!("left_out", INT4_ARRAY, INT8_ARRAY, INT8_ARRAY, INT8_ARRAY);
 const LAST_SEQ: Query = query!("last_seq");
 const OPEN_WRITERS: Query = query!("open_writers");
-const SETTLE_PUBLISHED: Query = query!("settle_published");
-const SETTLE_RETRIED: Query = query!("settle_retried");
-const SETTLE_DEAD: Query = query!("settle_dead");
-const OUTLOOK: Query = query!("outlook");
+const SETTLE_PUBLISHED: Query = query!("settle_published", UUID_ARRAY, TIMESTAMPTZ_ARRAY);
+const SETTLE_RETRIED: Query =
+    query!("settle_retried", UUID_ARRAY, TIMESTAMPTZ_ARRAY, INT4_ARRAY, INT8_ARRAY, TEXT_ARRAY);
+const SETTLE_DEAD: Query = query!("settle_dead", UUID_ARRAY, TIMESTAMPTZ_ARRAY, INT4_ARRAY, TEXT_ARRAY);
+const OUTLOOK: Query = query!("outlook", INT8);
 const BACKLOG: Query = query!("backlog");
 const SCHEMA_PROBLEMS: Query = query!("schema_problems");
 const MISSING_LANES: Query = query!("missing_lanes");
@@ -737,23 +748,41 @@ const SERVER_VERSION: Query = query!("server_version");
 struct Connection {
     pooled: r2d2::PooledConnection<Manager>,
     pool: r2d2::Pool<Manager>,
-    max_idle: u32,
+    shared: Arc<Shared>,
 }
 
 impl Connection {
+    /// Begins a transaction by statements of which the last one returns the server process as its last column.
+    fn begin(&mut self, text: &str) -> Result<(), StoreError> {
+        let messages = self.attempt(|session| session.client.simple_query(text))?;
+        let now = sessions::last_number(&messages).unwrap_or_default();
+        let before = *self.pooled.served_by.get_or_insert(now);
+        let moved = self.shared.preparing.moved(before, now);
+        self.pooled.doomed |= moved.is_err();
+        moved
+    }
+
     fn batch(&mut self, text: &str) -> Result<(), StoreError> {
         self.attempt(|session| session.client.batch_execute(text))
     }
 
     fn query(&mut self, query: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
+        let prepares = self.shared.preparing.is_on();
         self.attempt(|session| {
+            if !prepares {
+                return session.client.query_typed(query.text, &typed(query, params));
+            }
             let statement = session.prepared(query)?;
             session.client.query(&statement, params)
         })
     }
 
     fn execute(&mut self, query: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<u64, StoreError> {
+        let prepares = self.shared.preparing.is_on();
         self.attempt(|session| {
+            if !prepares {
+                return session.client.execute_typed(query.text, &typed(query, params));
+            }
             let statement = session.prepared(query)?;
             session.client.execute(&statement, params)
         })
@@ -767,21 +796,24 @@ impl Connection {
         let session = self.pooled.deref_mut();
         let result = work(session);
         session.doomed |= result.is_err();
-        result.map_err(|error| StoreError::from(&error))
+        result.map_err(|error| self.shared.preparing.failed(StoreError::from(&error)))
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
         // r2d2 has no limit on idle connections. Two that return at the same time may both find room.
-        self.pooled.doomed |= self.pool.state().idle_connections >= self.max_idle;
+        self.pooled.doomed |= self.pool.state().idle_connections >= self.shared.max_idle;
     }
 }
 
-/// What the pool keeps: a client, its prepared statements, and whether it may be used again.
+/// What the pool keeps: a client, its prepared statements, and whether it may be used again. The client is dropped
+/// first: a statement that is dropped before its connection would be closed on whatever server process is there.
 struct Session {
     client: Client,
     doomed: bool,
+    /// The server process of its first transaction.
+    served_by: Option<i32>,
     statements: HashMap<&'static str, Statement>,
 }
 
@@ -790,10 +822,15 @@ impl Session {
         if let Some(statement) = self.statements.get(query.name) {
             return Ok(statement.clone());
         }
-        let statement = self.client.prepare(query.text)?;
+        let statement = self.client.prepare_typed(query.text, query.types)?;
         self.statements.insert(query.name, statement.clone());
         Ok(statement)
     }
+}
+
+/// The parameters of a statement, each with its type.
+fn typed<'p>(query: &Query, params: &[&'p (dyn ToSql + Sync)]) -> Vec<(&'p (dyn ToSql + Sync), Type)> {
+    params.iter().copied().zip(query.types.iter().cloned()).collect()
 }
 
 struct Manager {
@@ -806,7 +843,7 @@ impl ManageConnection for Manager {
 
     fn connect(&self) -> Result<Session, StoreError> {
         let client = self.target.connect()?;
-        Ok(Session { client, doomed: false, statements: HashMap::new() })
+        Ok(Session { client, doomed: false, served_by: None, statements: HashMap::new() })
     }
 
     fn is_valid(&self, session: &mut Session) -> Result<(), StoreError> {
@@ -1017,9 +1054,18 @@ fn begin_claim(settings: &ClaimSettings) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
          {CLAIM_PLANS}, set_config('idle_in_transaction_session_timeout', '{}', true), \
-         set_config('statement_timeout', '{}', true){commit}",
+         set_config('statement_timeout', '{}', true){commit}, pg_backend_pid()",
         milliseconds(settings.idle_in_transaction_timeout),
         milliseconds(STATEMENT_TIMEOUT),
+    )
+}
+
+/// Begins a transaction for reading.
+fn begin_reading(timeout: Duration) -> String {
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; \
+         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), pg_backend_pid()",
+        milliseconds(timeout)
     )
 }
 
@@ -1033,11 +1079,13 @@ fn connect(target: &Target) -> Result<Client, StoreError> {
 /// The highest version recorded; 0 before the first migration.
 fn schema_version(client: &mut Client) -> Result<i32, StoreError> {
     let sql = |error: postgres::Error| StoreError::from(&error);
-    let table = client.query_one("SELECT to_regclass('outbox_schema') IS NOT NULL", &[]).map_err(sql)?;
+    let table =
+        client.query_typed_one("SELECT to_regclass('outbox_schema') IS NOT NULL", &[]).map_err(sql)?;
     if !table.get::<_, bool>(0) {
         return Ok(0);
     }
-    let row = client.query_one("SELECT coalesce(max(version), 0) FROM outbox_schema", &[]).map_err(sql)?;
+    let row =
+        client.query_typed_one("SELECT coalesce(max(version), 0) FROM outbox_schema", &[]).map_err(sql)?;
     Ok(row.get(0))
 }
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pg_outbox::config::{Database, DsnParts, Secret};
+use pg_outbox::config::{Database, DsnParts, PreparedStatements, Secret};
 use pg_outbox::cursors;
 use pg_outbox::event::{Event, Outcome};
 use pg_outbox::store::{Asked, CLAIM_PLANS, Claim, ClaimSettings, LANES, Settled, Store, StoreError};
@@ -30,6 +30,7 @@ pub fn settings_for(dsn: &str) -> Database {
         connect_timeout: Duration::from_secs(5),
         listen: true,
         listen_dsn: None,
+        prepared_statements: PreparedStatements::Auto,
         synchronous_commit: false,
     }
 }

@@ -22,6 +22,7 @@ mod http;
 mod outages;
 mod package;
 mod partitions;
+mod pooler;
 mod postgres_tls;
 mod rejections;
 mod reload;

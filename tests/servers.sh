@@ -1,5 +1,5 @@
-# Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, and libfaketime, under which
-# the clock of a PostgreSQL jumps. Sourced by tests/run.sh and tests/faults.sh, after etc/servers.sh.
+# Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, PgBouncer, and libfaketime,
+# under which the clock of a PostgreSQL jumps. Sourced by tests/run.sh and tests/faults.sh, after etc/servers.sh.
 
 # Debian's nats-server is older than what many run: some tests want a current one beside it.
 NATS_CURRENT=2.15.1
@@ -28,9 +28,19 @@ have_faketime() {
     compgen -G '/usr/lib/*/faketime/libfaketime.so.1' > /dev/null
 }
 
+# A pooler of its own for each test that wants one; the service that comes with the package is not.
+install_pgbouncer() {
+    install_packages pgbouncer
+    if [ -d /run/systemd/system ]; then
+        say "switching off the service pgbouncer, which came with the package"
+        as_root systemctl disable --now pgbouncer.service
+    fi
+}
+
 install_what_tests_need() {
     need_cargo
     install_missing_servers
     fetch_current_nats_server
+    [ -x /usr/sbin/pgbouncer ] || install_pgbouncer
     have_faketime || install_packages faketime
 }

@@ -14,7 +14,7 @@ use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::preflight::{self, Finding, Needs};
 use crate::publisher::Publisher;
-use crate::store::{ClaimSettings, Store};
+use crate::store::{ClaimSettings, Sessions, Store};
 
 /// Checks everything and prints one line each. True when all is ready.
 ///
@@ -56,7 +56,15 @@ fn check_database(config: &Config, report: &mut Report) {
         Err(error) => return report.line("postgres", Err(format!("{error:#}"))),
     };
     match store.server_version() {
-        Ok(version) => report.line("postgres", Ok(format!("connected, server {version}"))),
+        Ok(version) => match store.probe_sessions() {
+            Ok(Sessions::Own) => report.line("postgres", Ok(format!("connected, server {version}"))),
+            Ok(Sessions::Shared) => {
+                let so = store.in_shared_sessions();
+                let through = format!("through a transaction pooler: {so}");
+                report.line("postgres", Ok(format!("connected, server {version}, {through}")));
+            }
+            Err(error) => return report.line("postgres", Err(error.to_string())),
+        },
         Err(error) => {
             let to_do = "is it running, and database.dsn (or DATABASE_DSN) right?";
             return report.line("postgres", Err(format!("{error}; {to_do}")));

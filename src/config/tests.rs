@@ -156,6 +156,7 @@ database:
   sslrootcert: system
   sslcert: /c
   sslkey: /k
+  prepared_statements: never
   synchronous_commit: true
 nats:
   url: [ "nats://a:4222", "TLS://b.example/, nats://[::1]:4333" ]
@@ -198,6 +199,7 @@ fn every_key_has_its_effect() {
     assert_eq!(database.connect_timeout, ms(1_000));
     assert_eq!((database.listen, database.synchronous_commit), (false, true));
     assert_eq!(database.listen_dsn, Some(Secret::new("host = b")));
+    assert_eq!(database.prepared_statements, PreparedStatements::Never);
     assert_eq!(nats.servers, ["nats://a:4222", "tls://b.example", "nats://[::1]:4333"]);
     assert!(
         matches!(nats.auth, NatsAuth::UserPassword(user, password) if user == "me" && password.expose() == "123")

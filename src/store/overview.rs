@@ -170,10 +170,9 @@ impl Store {
     }
 }
 
-const TOPICS: Query = Query { name: "topics", text: include_str!("topics.sql") };
-const BLOCKED_KEYS: Query = Query { name: "blocked_keys", text: include_str!("blocked_keys.sql") };
-const INSTANCES: Query = Query { name: "instances", text: include_str!("instances.sql") };
-const OLDEST_TRANSACTION: Query =
-    Query { name: "oldest_transaction", text: include_str!("oldest_transaction.sql") };
-const NEWEST_DEAD: Query = Query { name: "newest_dead", text: include_str!("newest_dead.sql") };
-const WRITTEN: Query = Query { name: "written", text: include_str!("written.sql") };
+const TOPICS: Query = query!("topics", INT8);
+const BLOCKED_KEYS: Query = query!("blocked_keys", BOOL, INT8);
+const INSTANCES: Query = query!("instances");
+const OLDEST_TRANSACTION: Query = query!("oldest_transaction");
+const NEWEST_DEAD: Query = query!("newest_dead", INT8);
+const WRITTEN: Query = query!("written");

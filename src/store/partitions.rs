@@ -11,7 +11,7 @@ use std::time::Duration;
 use postgres::types::ToSql;
 use postgres::{Client, Row};
 
-use super::{Store, StoreError, connect, first, milliseconds, read_all};
+use super::{Query, Store, StoreError, connect, first, milliseconds, read_all, typed};
 
 /// Making a partition may move rows, and dropping one tries for its locks; no step takes longer than this.
 pub const UPKEEP_STEP: Duration = Duration::from_secs(60);
@@ -99,7 +99,7 @@ impl Store {
         let mut client = connect(&self.shared.target)?;
         // Idle for as long as the round takes; it holds nothing but the lock, no snapshot either.
         begin(&mut client, "SET LOCAL idle_in_transaction_session_timeout = 0")?;
-        let rows = query(&mut client, UPKEEP_TURN, &[])?;
+        let rows = query(&mut client, &UPKEEP_TURN, &[])?;
         let is_ours = first(&rows, |row| row.try_get(0))?;
         Ok(if is_ours { Some(UpkeepTurn { client }) } else { None })
     }
@@ -118,7 +118,7 @@ impl Partitions {
     /// # Errors
     /// PostgreSQL is out of reach or refuses; among others, the role may not execute the schema's functions (42501).
     pub fn list(&mut self, retention: Option<Duration>) -> Result<Vec<Partition>, StoreError> {
-        let rows = self.step(PARTITIONS, &[&retention.map(seconds)])?;
+        let rows = self.step(&PARTITIONS, &[&retention.map(seconds)])?;
         read_all(&rows, |row| {
             Ok(Partition {
                 name: row.try_get(0)?,
@@ -139,7 +139,7 @@ impl Partitions {
     /// # Errors
     /// As [`Partitions::list`].
     pub fn state(&mut self) -> Result<PartitionState, StoreError> {
-        let rows = self.step(PARTITION_STATE, &[])?;
+        let rows = self.step(&PARTITION_STATE, &[])?;
         first(&rows, |row| Ok(PartitionState { days_ahead: row.try_get(0)?, default_rows: row.try_get(1)? }))
     }
 
@@ -150,7 +150,7 @@ impl Partitions {
     /// As [`Partitions::list`].
     pub fn missing(&mut self, premake: u32) -> Result<Vec<String>, StoreError> {
         let premake = i32::try_from(premake).unwrap_or(i32::MAX);
-        let rows = self.step(MISSING_PARTITIONS, &[&premake])?;
+        let rows = self.step(&MISSING_PARTITIONS, &[&premake])?;
         read_all(&rows, |row| row.try_get(0))
     }
 
@@ -160,7 +160,7 @@ impl Partitions {
     /// # Errors
     /// As [`Partitions::list`]; locks that were not free in several tries (55P03); more than a minute of work.
     pub fn create(&mut self, day: &str) -> Result<String, StoreError> {
-        let rows = self.step(CREATE_PARTITION, &[&day])?;
+        let rows = self.step(&CREATE_PARTITION, &[&day])?;
         first(&rows, |row| row.try_get(0))
     }
 
@@ -169,7 +169,7 @@ impl Partitions {
     /// # Errors
     /// As [`Partitions::list`]; there is no such partition (42P01).
     pub fn drop(&mut self, name: &str, retention: Duration) -> Result<Dropped, StoreError> {
-        let rows = self.step(DROP_PARTITION, &[&name, &seconds(retention)])?;
+        let rows = self.step(&DROP_PARTITION, &[&name, &seconds(retention)])?;
         let outcome: String = first(&rows, |row| row.try_get(0))?;
         match outcome.as_str() {
             "dropped" => Ok(Dropped::Dropped),
@@ -191,12 +191,12 @@ impl Partitions {
         first_block: i64,
         retention: Duration,
     ) -> Result<Cleaned, StoreError> {
-        let rows = self.step(CLEAN_PARTITION, &[&name, &first_block, &seconds(retention)])?;
+        let rows = self.step(&CLEAN_PARTITION, &[&name, &first_block, &seconds(retention)])?;
         first(&rows, |row| Ok(Cleaned { deleted: row.try_get(0)?, next_block: row.try_get(1)? }))
     }
 
     /// One statement in a transaction with a limit. After an error the connection is of no further use.
-    fn step(&mut self, statement: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
+    fn step(&mut self, statement: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
         let timeout = format!("SET LOCAL statement_timeout = {}", milliseconds(UPKEEP_STEP));
         begin(&mut self.client, &timeout)?;
         let rows = query(&mut self.client, statement, params)?;
@@ -205,13 +205,13 @@ impl Partitions {
     }
 }
 
-const UPKEEP_TURN: &str = include_str!("upkeep_turn.sql");
-const PARTITIONS: &str = include_str!("partitions.sql");
-const PARTITION_STATE: &str = include_str!("partition_state.sql");
-const MISSING_PARTITIONS: &str = include_str!("missing_partitions.sql");
-const CREATE_PARTITION: &str = include_str!("create_partition.sql");
-const DROP_PARTITION: &str = include_str!("drop_partition.sql");
-const CLEAN_PARTITION: &str = include_str!("clean_partition.sql");
+const UPKEEP_TURN: Query = query!("upkeep_turn");
+const PARTITIONS: Query = query!("partitions", INT8);
+const PARTITION_STATE: Query = query!("partition_state");
+const MISSING_PARTITIONS: Query = query!("missing_partitions", INT4);
+const CREATE_PARTITION: Query = query!("create_partition", TEXT);
+const DROP_PARTITION: Query = query!("drop_partition", TEXT, INT8);
+const CLEAN_PARTITION: Query = query!("clean_partition", TEXT, INT8, INT8);
 
 fn begin(client: &mut Client, setting: &str) -> Result<(), StoreError> {
     client
@@ -221,10 +221,10 @@ fn begin(client: &mut Client, setting: &str) -> Result<(), StoreError> {
 
 fn query(
     client: &mut Client,
-    statement: &str,
+    statement: &Query,
     params: &[&(dyn ToSql + Sync)],
 ) -> Result<Vec<Row>, StoreError> {
-    client.query(statement, params).map_err(|error| StoreError::from(&error))
+    client.query_typed(statement.text, &typed(statement, params)).map_err(|error| StoreError::from(&error))
 }
 
 fn seconds(duration: Duration) -> i64 {

@@ -11,7 +11,9 @@ use std::time::Duration;
 use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator;
 
-use super::{Secret, Store, StoreError, Target, connect};
+use super::{
+    Query, STATEMENT_TIMEOUT, Secret, Sessions, Store, StoreError, Target, connect, first, sessions,
+};
 
 /// The sleep lock's key, beside the table's oid. `outbox_notify` in the schema has the same.
 const LOCK_KEY: &str = "1869968483, 'outboxes'::regclass::oid::int8::bit(32)::int4";
@@ -20,6 +22,8 @@ const LOCK_KEY: &str = "1869968483, 'outboxes'::regclass::oid::int8::bit(32)::in
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// `lock_not_available`: the answer when that has passed.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
+
+const HOME: Query = query!("home");
 
 /// A session that hears when a transaction with new events commits.
 pub struct Listener {
@@ -58,37 +62,39 @@ impl Store {
             None => shared.target.clone(),
         };
         let (mut listener, mut sleeper) = (connect(&target)?, connect(&target)?);
-        // A pooler gives a connection that comes back to it to whoever asks next.
-        let mut pids = [0; 4];
-        for (turn, pid) in pids.iter_mut().enumerate() {
-            let client = if turn % 2 == 0 { &mut listener } else { &mut sleeper };
-            *pid = client.query_one("SELECT pg_backend_pid()", &[]).map_err(lost)?.get(0);
-        }
-        if !are_two_sessions(pids) {
+        if sessions::probe(&mut listener, &mut sleeper).map_err(lost)? == Sessions::Shared {
             return Err(StoreError::refused(
                 "statements of one connection run in different sessions, as behind a transaction pooler: set \
                  database.listen_dsn to PostgreSQL itself, or database.listen to false"
                     .into(),
             ));
         }
+        if dsn.is_some() {
+            let home: String = first(&self.read(STATEMENT_TIMEOUT, &HOME, &[])?, |row| row.try_get(0))?;
+            if listener.query_typed_one(HOME.text, &[]).map_err(lost)?.get::<_, String>(0) != home {
+                return Err(StoreError::refused(
+                    "database.listen_dsn leads to another outbox than database.dsn: to another server, database or schema"
+                        .into(),
+                ));
+            }
+        }
         let trigger = "SELECT EXISTS (SELECT FROM pg_trigger
                                        WHERE tgrelid = 'outboxes'::regclass AND tgname = 'outboxes_notify'
                                          AND tgenabled IN ('O', 'A'))";
-        if !listener.query_one(trigger, &[]).map_err(lost)?.get::<_, bool>(0) {
+        if !listener.query_typed_one(trigger, &[]).map_err(lost)?.get::<_, bool>(0) {
             return Err(StoreError::refused("trigger outboxes_notify is missing or disabled".into()));
         }
-        listener.batch_execute("LISTEN outbox_events").map_err(lost)?;
         let timeout = LOCK_TIMEOUT.as_millis();
+        listener.batch_execute("SET idle_session_timeout = 0").map_err(lost)?;
+        listener.batch_execute("LISTEN outbox_events").map_err(lost)?;
         sleeper
-            .batch_execute(&format!("SET lock_timeout = {timeout}; SET statement_timeout = 0"))
+            .batch_execute(&format!(
+                "SET idle_session_timeout = 0; SET statement_timeout = 0; SET lock_timeout = {timeout}"
+            ))
             .map_err(lost)?;
-        Ok((Listener { client: listener }, SleepLock { client: sleeper, pid: pids[1] }))
+        let pid = sleeper.query_typed_one("SELECT pg_backend_pid()", &[]).map_err(lost)?.get(0);
+        Ok((Listener { client: listener }, SleepLock { client: sleeper, pid }))
     }
-}
-
-/// Whether four answers, by turns from two connections, came from one session each.
-fn are_two_sessions(pids: [i32; 4]) -> bool {
-    pids[0] == pids[2] && pids[1] == pids[3] && pids[0] != pids[1]
 }
 
 impl Listener {
@@ -119,11 +125,11 @@ impl SleepLock {
                                      WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'
                                        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
                                        AND classid = 1869968483 AND objid = 'outboxes'::regclass AND objsubid = 2)";
-        if self.client.query_one(taken, &[]).map_err(lost)?.get(0) {
+        if self.client.query_typed_one(taken, &[]).map_err(lost)?.get(0) {
             return Ok(Asked::Taken);
         }
         let ask = format!("SELECT pg_backend_pid() FROM pg_advisory_lock({LOCK_KEY})");
-        match self.client.query_one(&ask, &[]) {
+        match self.client.query_typed_one(&ask, &[]) {
             Ok(row) => self.same_session(row.get(0)).map(|()| Asked::Granted),
             Err(error) if error.code().is_some_and(|code| code.code() == LOCK_NOT_AVAILABLE) => {
                 Ok(Asked::Waiting)
@@ -138,7 +144,7 @@ impl SleepLock {
     /// The session was lost, and the lock with it.
     pub fn let_go(&mut self) -> Result<(), StoreError> {
         let let_go = format!("SELECT pg_advisory_unlock({LOCK_KEY}), pg_backend_pid()");
-        let row = self.client.query_one(&let_go, &[]).map_err(lost)?;
+        let row = self.client.query_typed_one(&let_go, &[]).map_err(lost)?;
         self.same_session(row.get(1))
     }
 
@@ -166,17 +172,4 @@ impl SleepLock {
 #[allow(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn lost(error: postgres::Error) -> StoreError {
     StoreError::from(&error)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_transaction_pooler_is_no_pair_of_sessions() {
-        assert!(are_two_sessions([1, 2, 1, 2]));
-        assert!(!are_two_sessions([1, 1, 1, 1]), "one server connection, used by turns");
-        assert!(!are_two_sessions([1, 2, 3, 4]), "another one each time");
-        assert!(!are_two_sessions([1, 2, 2, 1]));
-    }
 }

@@ -15,6 +15,7 @@ mod disk;
 mod instances;
 mod nats;
 mod network;
+mod pooler;
 mod postgres;
 
 use std::ops::RangeInclusive;
@@ -26,8 +27,8 @@ use std::time::{Duration, Instant};
 
 use super::harness::workload::writers_until;
 use super::harness::{
-    Config, Daemon, Evidence, Evident, History, Stored, TestDb, TestStream, Workload, check_all, unique,
-    wait_until,
+    Config, Daemon, Evidence, Evident, History, Mode, Stored, TestDb, TestStream, Workload, check_all,
+    unique, wait_until,
 };
 
 /// `long` makes every fault last as long as the issue it stands for does.
@@ -76,6 +77,9 @@ faults! {
     statements_time_out, within 30 s, "an error ends a claim and nothing else": postgres::statements_time_out;
     locks_time_out, within 30 s, "a settle that fails goes again": postgres::locks_time_out;
     the_disk_is_full, within 30 s, "a settle that cannot be written goes again": disk::is_full;
+
+    behind_a_transaction_pooler, within 30 s, "no claim needs a session": |run: &mut Run| pooler::everything(run, Mode::Transaction);
+    behind_a_session_pooler, within 30 s, "a session ends with its connection": |run: &mut Run| pooler::everything(run, Mode::Session);
 
     nats_stops, within 60 s, "an outage is charged to no event": nats::stops;
     nats_is_killed, within 60 s, "an outage is charged to no event": nats::is_killed;

@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod database;
 pub mod history;
 pub mod notify;
+pub mod pooler;
 pub mod proxy;
 pub mod secrets;
 pub mod stream;
@@ -25,6 +26,7 @@ pub use daemon::{Config, Daemon};
 pub use database::{TestDb, database};
 pub use history::{Committed, Evident, History, Row, RowState, Table, Verdict, check_all, check_history};
 pub use notify::NotifySocket;
+pub use pooler::{Mode, Pooler};
 pub use stream::{Stored, TestStream, start_nats, stream};
 pub use workload::{Workload, writers};
 

@@ -12,7 +12,7 @@ use anyhow::{Result, bail, ensure};
 use super::drain::{Keys, load};
 use super::place::Outbox;
 use super::{Bench, drain};
-use crate::config::Database;
+use crate::config::{Database, PreparedStatements};
 use crate::cursors;
 use crate::event::{Event, Outcome};
 use crate::headers::HeaderPolicy;
@@ -77,16 +77,17 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
     let database = Database {
         dsn: outbox.dsn(),
         parts: outbox.parts(),
-        max_connections: u32::try_from(threads).unwrap_or(u32::MAX),
+        max_connections: u32::try_from(threads.max(2)).unwrap_or(u32::MAX),
         max_idle: u32::try_from(threads).unwrap_or(u32::MAX),
         connect_timeout: Duration::from_secs(10),
         listen: false,
         listen_dsn: None,
+        prepared_statements: PreparedStatements::Auto,
         synchronous_commit: false,
     };
     let store = Store::new(&database, "bench", settings)?;
-    // Statements are prepared once a connection, before the clock runs.
-    store.ping()?;
+    // Statements are prepared once a connection.
+    store.probe_sessions()?;
     let shares: Vec<Vec<i32>> = (0..threads)
         .map(|share| {
             (0..LANES)
