@@ -28,7 +28,7 @@ use crate::health::{Health, Heartbeat, Part};
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;
-use crate::store::{Found, LANES, ServerLife, Sessions, Store, StoreError};
+use crate::store::{ClaimLimits, Found, Head, LANES, ServerLife, Sessions, Store, StoreError};
 use crate::wakeup::Doze;
 use crate::worker::{Finished, Job};
 
@@ -48,6 +48,9 @@ const AWAKE_AFTER: Duration = Duration::from_millis(20);
 /// Time between two looks from the beginning, which may cost more than others.
 const REWIND_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How much larger each next claim is of a lane in which one has failed.
+const CARE_GROWTH: i32 = 4;
+
 /// The thread.
 pub struct Claimer {
     /// Where claims are made.
@@ -64,6 +67,10 @@ pub struct Claimer {
     pub failed_settles: Arc<AtomicU32>,
     /// How many events a claim may have, taken anew for each.
     pub live: Live,
+    /// Bytes of events that all claims together may hold, and what one of them holds unless its only event is larger.
+    pub max_in_flight_bytes: usize,
+    /// See above.
+    pub max_claim_bytes: usize,
     /// Rest without wake-ups.
     pub poll_interval: Duration,
     /// Rest with wake-ups.
@@ -107,7 +114,9 @@ impl Claimer {
         let mut trouble = Trouble::default();
         loop {
             self.heartbeat.idle();
-            if search.idle_workers == 0 {
+            while search.idle_workers == 0
+                || search.has_no_room(self.max_in_flight_bytes, self.max_claim_bytes)
+            {
                 select! {
                     recv(stop) -> _ => return Ok(()),
                     recv(self.free) -> finished => search.finished(&finished.unwrap_or_default()),
@@ -128,7 +137,7 @@ impl Claimer {
             let rest = match self.attempt(&mut search) {
                 Ok(Attempt::Claimed(job)) => {
                     trouble.over(&self.health);
-                    if search.sent(&job.claim.lanes, Instant::now()) >= AWAKE_AFTER {
+                    if search.sent(&job, Instant::now()) >= AWAKE_AFTER {
                         self.doze.awake();
                     }
                     if self.jobs.send(*job).is_err() {
@@ -273,9 +282,39 @@ impl Claimer {
             return Ok(Attempt::Nothing);
         }
         let basis = search.cursors.basis();
-        let events = i32::try_from(self.live.now().batch_size).unwrap_or(i32::MAX);
-        let claim = opening.claim(&lanes, LANES, events, search.cursors.positions())?;
-        search.put_back(&lanes, &claim.lanes, events);
+        let batch = i32::try_from(self.live.now().batch_size).unwrap_or(i32::MAX);
+        let limits = ClaimLimits {
+            lanes: LANES,
+            events: search.care.limit(&lanes, batch),
+            event_bytes: self.publisher.max_payload(),
+        };
+        // What cannot be read is known by its place alone, before the try and after it.
+        let head = match lanes[..] {
+            [lane] if limits.events == 1 => opening.head(lane, search.cursors.positions())?,
+            _ => None,
+        };
+        let claim = match (opening.claim(&lanes, limits, search.cursors.positions()), head) {
+            (Ok(claim), _) => claim,
+            (Err(error), Some(head)) if error.is_unreadable() => {
+                self.bury(lanes[0], search, head, &error)?;
+                return Ok(Attempt::Missed);
+            }
+            (Err(error), _) => {
+                if error.sqlstate().is_some() {
+                    search.care.failed(&lanes);
+                }
+                if error.is_unreadable() {
+                    log::warn!(
+                        "claim failed, will read its lanes one by one: lanes={}: {error}",
+                        lanes.len()
+                    );
+                    return Ok(Attempt::Missed);
+                }
+                return Err(error);
+            }
+        };
+        search.care.worked(&claim.lanes, batch);
+        search.put_back(&lanes, &claim.lanes, limits.events);
         if claim.is_empty() {
             return Ok(if search.ready.is_empty() { Attempt::Elsewhere } else { Attempt::Missed });
         }
@@ -286,7 +325,18 @@ impl Claimer {
             return Ok(Attempt::Missed);
         }
         self.metrics.claimed(claim.len());
-        Ok(Attempt::Claimed(Box::new(Job { claim, read_at: Boottime::now(), basis })))
+        let bytes = claim.bytes();
+        Ok(Attempt::Claimed(Box::new(Job { claim, read_at: Boottime::now(), basis, bytes })))
+    }
+
+    /// This event cannot be read, not even alone: makes a dead letter of it, so that the others of its lane go on.
+    fn bury(&self, lane: i32, search: &Search, head: Head, error: &StoreError) -> Result<(), StoreError> {
+        let reason = format!("PostgreSQL cannot hand it over: {error}");
+        if self.store.open()?.bury(lane, search.cursors.positions(), head, &reason)? {
+            self.metrics.dead(1);
+            log::error!("event is dead: event={} seq={}: {reason}", head.id, head.seq);
+        }
+        Ok(())
     }
 
     /// How long to rest while our workers or another instance have claims, if no worker finishes before. New events
@@ -328,6 +378,7 @@ impl Claimer {
 /// What the claimer knows of the lanes, and when it learnt it.
 struct Search {
     cursors: Cursors,
+    care: Care,
     /// The life of the server that the cursors belong to.
     server: ServerLife,
     /// Lanes that have something and that no worker of ours has; the one that waits longest comes first.
@@ -336,6 +387,8 @@ struct Search {
     claimed: [bool; cursors::LANES],
     /// Workers that wait for a claim.
     idle_workers: usize,
+    /// What the claims of the other workers hold.
+    bytes_in_flight: usize,
     /// The last nap.
     nap: Duration,
     /// Since when there was always something to claim.
@@ -357,10 +410,12 @@ impl Search {
     fn new(now: Instant) -> Search {
         Search {
             cursors: Cursors::default(),
+            care: Care::default(),
             server: ServerLife::default(),
             ready: VecDeque::new(),
             claimed: [false; cursors::LANES],
             idle_workers: 0,
+            bytes_in_flight: 0,
             nap: Duration::ZERO,
             awake_since: None,
             first_lane: fastrand::i32(0..LANES),
@@ -376,6 +431,7 @@ impl Search {
     /// A worker is free.
     fn finished(&mut self, finished: &Finished) {
         self.idle_workers += 1;
+        self.bytes_in_flight = self.bytes_in_flight.saturating_sub(finished.bytes);
         if finished.database_failed {
             self.forget();
         }
@@ -465,6 +521,7 @@ impl Search {
     /// Takes the share of one free worker from the lanes that are ready.
     fn take_share(&mut self) -> Vec<i32> {
         let share = self.ready.len().div_ceil(self.idle_workers.max(1));
+        let share = self.care.alike(self.ready.iter().copied().take(share));
         self.ready.drain(..share).collect()
     }
 
@@ -479,15 +536,21 @@ impl Search {
     }
 
     /// A claim of these lanes went to a worker; returns for how long there was always something to claim.
-    fn sent(&mut self, lanes: &[i32], now: Instant) -> Duration {
+    fn sent(&mut self, job: &Job, now: Instant) -> Duration {
         self.idle_workers = self.idle_workers.saturating_sub(1);
         self.claimed_since_rewind = true;
         self.claimed_since_horizon = true;
-        for &lane in lanes {
+        self.bytes_in_flight += job.bytes;
+        for &lane in &job.claim.lanes {
             self.set_claimed(lane, true);
         }
         self.nap = Duration::ZERO;
         now.saturating_duration_since(*self.awake_since.get_or_insert(now))
+    }
+
+    /// True while claims hold so much that one more could be too much: one of them is of a single large event.
+    fn has_no_room(&self, max_bytes: usize, claim_bytes: usize) -> bool {
+        self.bytes_in_flight > 0 && self.bytes_in_flight.saturating_add(claim_bytes) > max_bytes
     }
 
     fn has_claims(&self) -> bool {
@@ -501,6 +564,60 @@ impl Search {
     fn set_claimed(&mut self, lane: i32, claimed: bool) {
         if let Some(slot) = usize::try_from(lane).ok().and_then(|lane| self.claimed.get_mut(lane)) {
             *slot = claimed;
+        }
+    }
+}
+
+/// Lanes in which a claim has failed: one of their events may be at fault. Such a lane is claimed alone, at first one
+/// event and then, while it works, more and more; so the event at fault comes to be read alone.
+struct Care {
+    /// By lane: events that a claim of it may have; `None` where there is no cause for care.
+    limits: [Option<i32>; cursors::LANES],
+}
+
+impl Default for Care {
+    fn default() -> Care {
+        Care { limits: [None; cursors::LANES] }
+    }
+}
+
+impl Care {
+    /// How many of these lanes, from the first one on, make one claim: one that needs care makes it alone.
+    fn alike(&self, lanes: impl Iterator<Item = i32>) -> usize {
+        let mut lanes = lanes.peekable();
+        match lanes.peek() {
+            Some(&first) if self.limit_of(first).is_some() => 1,
+            _ => lanes.take_while(|&lane| self.limit_of(lane).is_none()).count(),
+        }
+    }
+
+    /// How many events a claim of `lanes` may have, which is `batch` unless care is needed.
+    fn limit(&self, lanes: &[i32], batch: i32) -> i32 {
+        lanes.iter().filter_map(|&lane| self.limit_of(lane)).min().unwrap_or(batch).min(batch)
+    }
+
+    fn failed(&mut self, lanes: &[i32]) {
+        for &lane in lanes {
+            self.set(lane, Some(1));
+        }
+    }
+
+    fn worked(&mut self, lanes: &[i32], batch: i32) {
+        for &lane in lanes {
+            if let Some(limit) = self.limit_of(lane) {
+                let limit = limit.saturating_mul(CARE_GROWTH);
+                self.set(lane, (limit < batch).then_some(limit));
+            }
+        }
+    }
+
+    fn limit_of(&self, lane: i32) -> Option<i32> {
+        usize::try_from(lane).ok().and_then(|lane| self.limits.get(lane)).copied().flatten()
+    }
+
+    fn set(&mut self, lane: i32, limit: Option<i32>) {
+        if let Some(slot) = usize::try_from(lane).ok().and_then(|lane| self.limits.get_mut(lane)) {
+            *slot = limit;
         }
     }
 }
@@ -541,5 +658,51 @@ impl Trouble {
             log::info!("claims work again: lasted={:.1}s", since.elapsed().as_secs_f64());
             health.set(Part::Postgres, Ok(()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a claim of what is ready would be: how many lanes, and how many events of them.
+    fn next(care: &Care, ready: &[i32]) -> (usize, i32) {
+        let share = care.alike(ready.iter().copied());
+        (share, care.limit(&ready[..share], 100))
+    }
+
+    #[test]
+    fn a_lane_in_which_a_claim_failed_is_claimed_alone_and_with_care() {
+        let mut care = Care::default();
+        assert_eq!(next(&care, &[1, 2, 3]), (3, 100));
+        assert_eq!(next(&care, &[]), (0, 100));
+        care.failed(&[2]);
+        assert_eq!(next(&care, &[1, 2, 3]), (1, 100), "the lanes before it go without it");
+        assert_eq!(next(&care, &[2, 3]), (1, 1));
+        for limit in [4, 16, 64] {
+            care.worked(&[1, 2], 100);
+            assert_eq!(next(&care, &[2, 3]), (1, limit));
+        }
+        care.failed(&[2]);
+        assert_eq!(next(&care, &[2]), (1, 1));
+        for _ in 0..4 {
+            care.worked(&[2], 100);
+        }
+        assert_eq!(next(&care, &[1, 2, 3]), (3, 100), "what works is trusted again");
+        care.failed(&[3]);
+        care.worked(&[3], 1);
+        assert_eq!(next(&care, &[3]), (1, 100), "a batch of one needs no care beyond that");
+    }
+
+    #[test]
+    fn one_large_event_leaves_no_room_and_shares_always_do() {
+        let mut search = Search::new(Instant::now());
+        assert!(!search.has_no_room(64, 16), "with nothing in flight there is always room");
+        for (in_flight, full) in [(16, false), (48, false), (49, true), (1_000, true)] {
+            search.bytes_in_flight = in_flight;
+            assert_eq!(search.has_no_room(64, 16), full, "{in_flight}");
+        }
+        search.finished(&Finished { bytes: 1_000, ..Finished::default() });
+        assert!(!search.has_no_room(64, 16));
     }
 }

@@ -29,6 +29,8 @@ pub struct Event {
     pub attempts: u32,
     /// True for an event in retry: `next_attempt_at` is set.
     pub in_retry: bool,
+    /// Why this event can be no message, if that was found when it was read. Payload and metadata may then be missing.
+    pub unreadable: Option<String>,
 }
 
 impl Event {

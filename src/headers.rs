@@ -439,6 +439,7 @@ mod tests {
             payload: "{}".to_owned(),
             attempts: 0,
             in_retry: false,
+            unreadable: None,
         }
     }
 

@@ -27,6 +27,8 @@ pub fn init(config: &config::Logging) -> Result<()> {
         // Everything of ours passes here; `log::max_level`, which can change later, decides.
         .filter_level(LevelFilter::Warn)
         .filter_module(OURS, LevelFilter::Trace)
+        // At warn it repeats every line that it does not understand, as fast as a server sends them.
+        .filter_module("nats", LevelFilter::Error)
         .target(env_logger::Target::Stderr)
         .write_style(env_logger::WriteStyle::Never)
         .format(move |out, record| out.write_all(shape.record(record, SystemTime::now()).as_bytes()))
@@ -276,11 +278,12 @@ mod tests {
         init(&config::Logging { level: LevelFilter::Info, format }).unwrap();
         log::info!("info\nof ours");
         log::debug!("debug of ours");
-        log::info!(target: "nats::client", "info of theirs");
-        log::warn!(target: "nats::client", "warning of theirs");
+        log::info!(target: "r2d2::pool", "info of theirs");
+        log::warn!(target: "r2d2::pool", "warning of theirs");
+        log::warn!(target: "nats::client", "unknown op");
         set_level(LevelFilter::Debug);
         log::debug!("debug of ours at last");
-        log::debug!(target: "nats::client", "debug of theirs");
+        log::debug!(target: "r2d2::pool", "debug of theirs");
         set_level(LevelFilter::Error);
         log::warn!("too low");
         assert!(init(&config::Logging { level: LevelFilter::Info, format }).is_err());
@@ -297,7 +300,7 @@ mod tests {
         assert_eq!(
             written_alone("text", true),
             format!(
-                "<6>{thread}: info\\nof ours\n<4>{thread}: nats: warning of theirs\n<7>{thread}: debug of ours at last\n"
+                "<6>{thread}: info\\nof ours\n<4>{thread}: r2d2: warning of theirs\n<7>{thread}: debug of ours at last\n"
             )
         );
         let text = written_alone("text", false);

@@ -78,6 +78,7 @@ mod tests {
             payload: "{}".into(),
             attempts: 0,
             in_retry: false,
+            unreadable: None,
         }
     }
 

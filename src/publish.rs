@@ -182,6 +182,9 @@ impl Publish {
         facts: Option<&StreamFacts>,
     ) -> Result<Outgoing, Failure> {
         let hopeless = |error: String| Err(Failure::Hopeless { error });
+        if let Some(reason) = &event.unreadable {
+            return hopeless(reason.clone());
+        }
         let subject = live.topic_map.subject(&event.topic);
         if let Err(reason) = topic_map::is_literal_subject(&subject) {
             return hopeless(format!("subject {subject:?} cannot be published to: {reason}"));

@@ -156,6 +156,12 @@ impl Publisher {
         Ok(self.learn(facts))
     }
 
+    /// The server's limit on one message as last heard, in bytes; none while there is no server.
+    pub fn max_payload(&self) -> usize {
+        let link = self.state().link.clone();
+        link.map_or(usize::MAX, |link| link.max_payload.load(Ordering::Relaxed))
+    }
+
     /// The limits of the stream as last heard; `None` in core NATS or before the first answer.
     pub fn facts(&self) -> Option<Arc<StreamFacts>> {
         self.state().facts.as_ref().map(|(_, facts)| facts.clone())

@@ -105,6 +105,7 @@ impl Service {
             config.clone();
         let live = Live::new(Settings::of(&config));
         let workers = dispatcher.workers;
+        let max_claim_bytes = dispatcher.max_in_flight_bytes / workers;
         // Between two beats a thread may also wait for a connection, and once more right after.
         let stuck = config.longest_claim() + 2 * database.connect_timeout + dispatcher.stuck_after;
         let store = Store::new(
@@ -116,7 +117,7 @@ impl Service {
                 ordered: ordering.enabled,
                 block_on_dead: ordering.on_dead == OnDead::Block,
                 backoff_max: dispatcher.backoff_max,
-                max_claim_bytes: i64::try_from(dispatcher.max_in_flight_bytes / workers).unwrap_or(i64::MAX),
+                max_claim_bytes: i64::try_from(max_claim_bytes).unwrap_or(i64::MAX),
             },
         )?;
         let http = if http.enabled {
@@ -219,6 +220,8 @@ impl Service {
             doze,
             failed_settles,
             live: live.clone(),
+            max_in_flight_bytes: dispatcher.max_in_flight_bytes,
+            max_claim_bytes,
             poll_interval: dispatcher.poll_interval,
             fallback_interval: dispatcher.fallback_interval,
             health: health.clone(),

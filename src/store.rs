@@ -430,23 +430,22 @@ impl Opening {
         })
     }
 
-    /// Locks those of `lanes` that nobody else has claimed, `max_lanes` at most, and reads up to `max_events` of
-    /// their events, about as many of each lane; fresh ones from above the cursors. A claim that found nothing
-    /// holds no connection.
+    /// Locks those of `lanes` that nobody else has claimed, and reads events of theirs, about as many of each lane;
+    /// fresh ones from above the cursors. A claim that found nothing holds no connection.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses; nothing stays locked.
     pub fn claim(
         self,
         lanes: &[i32],
-        max_lanes: i32,
-        max_events: i32,
+        limits: ClaimLimits,
         cursors: &[i64; cursors::LANES],
     ) -> Result<Claim, StoreError> {
-        let ClaimSettings { ordered, block_on_dead, max_claim_bytes, .. } = self.shared.settings;
+        let settings = &self.shared.settings;
         let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
-        let max_events = max_events.max(1);
-        let max_lanes = max_lanes.clamp(1, LANES.min(max_events));
+        let max_events = limits.events.max(1);
+        let max_lanes = limits.lanes.clamp(1, LANES.min(max_events));
+        let max_event_bytes = i64::try_from(limits.event_bytes).unwrap_or(i64::MAX);
         let mut claim = Claim {
             transaction: self.transaction,
             lanes: Vec::new(),
@@ -465,14 +464,16 @@ impl Opening {
             &[
                 &claim.lanes,
                 &max_events,
-                &ordered,
-                &(ordered && block_on_dead),
+                &settings.ordered,
+                &(settings.ordered && settings.block_on_dead),
                 &backoff_max_ms,
-                &max_claim_bytes,
+                &settings.max_claim_bytes,
                 &from,
+                &Some(max_event_bytes),
             ],
         )?;
-        let read = read_all(&rows, read_event)?;
+        let read = read_all(&rows, |row| read_event(row, limits.event_bytes))?;
+        drop(rows);
         if read.is_empty() {
             return claim.release_empty();
         }
@@ -487,6 +488,84 @@ impl Opening {
         failpoint!("claim.read");
         Ok(claim)
     }
+
+    /// The event that a claim of one event of this lane would read; without its texts, so that nothing about it can
+    /// keep it from being read. `None` when the lane has nothing to claim.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn head(&mut self, lane: i32, cursors: &[i64; cursors::LANES]) -> Result<Option<Head>, StoreError> {
+        let settings = &self.shared.settings;
+        let lanes = &[lane][..];
+        let rows = self.transaction.query(
+            &READ_EVENTS,
+            &[
+                &lanes,
+                &1,
+                &settings.ordered,
+                &(settings.ordered && settings.block_on_dead),
+                &self.shared.backoff_max_ms.load(Ordering::Relaxed),
+                &settings.max_claim_bytes,
+                &positions(lanes, cursors),
+                &None::<i64>,
+            ],
+        )?;
+        let head = |row: &Row| -> Result<Head, postgres::Error> {
+            let (id, seq, attempts) = (row.try_get(1)?, row.try_get(2)?, row.try_get(6)?);
+            Ok(Head { id, seq, created_at: row.try_get::<_, Timestamp>(3)?.0, attempts })
+        };
+        rows.first().map(head).transpose().map_err(|error| StoreError::from(&error))
+    }
+
+    /// Makes a dead letter of `head`, which cannot be read, says `reason`; returns whether it did. It does not if
+    /// another event is the first one to claim by now, or somebody else has the lane.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses; nothing is changed.
+    pub fn bury(
+        mut self,
+        lane: i32,
+        cursors: &[i64; cursors::LANES],
+        head: Head,
+        reason: &str,
+    ) -> Result<bool, StoreError> {
+        let lanes = &[lane][..];
+        if self.transaction.query(&LOCK_LANES, &[&lanes, &1])?.is_empty()
+            || self.head(lane, cursors)? != Some(head)
+        {
+            return Ok(false);
+        }
+        let Some(mut connection) = self.transaction.0.take() else { return Ok(false) };
+        let ids = vec![head.id];
+        let created_at = vec![Timestamp(head.created_at)];
+        let attempts = vec![head.attempts.saturating_add(1)];
+        let buried =
+            connection.execute(&SETTLE_DEAD, &[&ids, &created_at, &attempts, &vec![storable(reason)]])?;
+        connection.batch("COMMIT")?;
+        Ok(buried > 0)
+    }
+}
+
+/// How much a claim may have.
+#[derive(Debug, Clone, Copy)]
+pub struct ClaimLimits {
+    /// Lanes at most.
+    pub lanes: i32,
+    /// Events at most.
+    pub events: i32,
+    /// Bytes of a payload at most, and of a metadata: what is larger can be no message, and stays in the database.
+    pub event_bytes: usize,
+}
+
+/// An event without its texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// `outboxes.id`.
+    pub id: Uuid,
+    /// `outboxes.seq`.
+    pub seq: i64,
+    created_at: i64,
+    attempts: i32,
 }
 
 /// Lanes locked plus their events read, in one open transaction. Ends by [`Claim::settle`], by
@@ -559,6 +638,12 @@ impl Claim {
     /// How many events were read and not yet taken.
     pub fn len(&self) -> usize {
         self.events.len()
+    }
+
+    /// Bytes of payload and metadata of the events read and not yet taken.
+    pub fn bytes(&self) -> usize {
+        let bytes = |event: &Event| event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
+        self.events.iter().map(bytes).sum()
     }
 
     /// True when nothing was found to claim.
@@ -676,6 +761,16 @@ impl StoreError {
         self.outage
     }
 
+    /// True when PostgreSQL has what was asked for and cannot hand it over, now or ever: as text it is over 1 GB, or,
+    /// from a database in SQL_ASCII, no UTF-8. (XX000 is any internal error; the text of one is never translated.)
+    pub fn is_unreadable(&self) -> bool {
+        match self.sqlstate() {
+            Some("54000" | "22021" | "22P05") => true,
+            Some("XX000") => self.text.contains("invalid memory alloc request size"),
+            _ => false,
+        }
+    }
+
     fn outage(text: String) -> StoreError {
         StoreError { text, sqlstate: None, outage: true }
     }
@@ -730,7 +825,7 @@ struct Query {
 
 const FIND_LANES: Query = query!("find_lanes", INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
-const READ_EVENTS: Query = query!("read_events", INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY);
+const READ_EVENTS: Query = query!("read_events", INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8);
 const LEFT_OUT: Query = query!("left_out", INT4_ARRAY, INT8_ARRAY, INT8_ARRAY, INT8_ARRAY);
 const LAST_SEQ: Query = query!("last_seq");
 const OPEN_WRITERS: Query = query!("open_writers");
@@ -977,12 +1072,17 @@ struct ReadRow {
     held: bool,
 }
 
-fn read_event(row: &Row) -> Result<ReadRow, postgres::Error> {
+fn read_event(row: &Row, max_event_bytes: usize) -> Result<ReadRow, postgres::Error> {
     let lane = row.try_get(0)?;
     let held = row.try_get(10)?;
-    let Some(payload) = row.try_get(9)? else {
+    let oversize: Option<i64> = row.try_get(11)?;
+    let payload: Option<String> = row.try_get(9)?;
+    if payload.is_none() && oversize.is_none() {
         return Ok(ReadRow { lane, event: None, held });
-    };
+    }
+    let unreadable = oversize.map(|bytes| {
+        format!("payload and metadata of {bytes} B are over the server's max_payload of {max_event_bytes} B")
+    });
     let event = Event {
         lane,
         id: row.try_get(1)?,
@@ -993,7 +1093,8 @@ fn read_event(row: &Row) -> Result<ReadRow, postgres::Error> {
         attempts: u32::try_from(row.try_get::<_, i32>(6)?).unwrap_or(0),
         in_retry: row.try_get(7)?,
         metadata: row.try_get(8)?,
-        payload,
+        payload: payload.unwrap_or_default(),
+        unreadable,
     };
     Ok(ReadRow { lane, event: Some(event), held })
 }

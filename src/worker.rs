@@ -31,6 +31,8 @@ pub struct Job {
     pub read_at: Boottime,
     /// What was known of the cursors before they were read.
     pub basis: Basis,
+    /// Bytes of payload and metadata that they hold.
+    pub bytes: usize,
 }
 
 /// A worker is free, and how its last claim ended.
@@ -42,6 +44,8 @@ pub struct Finished {
     pub lanes: Vec<LaneEnd>,
     /// The database failed: nothing is known of what it keeps of former settles.
     pub database_failed: bool,
+    /// Bytes that the claim held.
+    pub bytes: usize,
 }
 
 /// What the workers did while the service drained.
@@ -90,17 +94,18 @@ impl Worker {
             }
             let Ok(job) = self.jobs.recv() else { return Ok(()) };
             self.heartbeat.beat();
-            finished = self.work(job);
+            let bytes = job.bytes;
+            finished = Finished { bytes, ..self.work(job) };
         }
     }
 
     fn work(&self, job: Job) -> Finished {
-        let Job { mut claim, read_at, basis } = job;
+        let Job { mut claim, read_at, basis, bytes: _ } = job;
         let events: Vec<_> = claim.take_events().into_iter().map(Arc::new).collect();
         if self.is_draining() {
             self.drain.released.fetch_add(events.len(), Ordering::Relaxed);
             let lanes = claim.ends(events.iter().map(AsRef::as_ref));
-            return Finished { basis: Some(basis), lanes, database_failed: !release(claim) };
+            return Finished { basis: Some(basis), lanes, database_failed: !release(claim), bytes: 0 };
         }
         let started = Instant::now();
         let report = self.publish.claim(self.slot, &events, read_at.plus(self.claim_budget));
@@ -111,7 +116,7 @@ impl Worker {
         let lanes = claim.ends(untouched.clone().map(|(event, _)| event));
         let touched = events.len() - untouched.count();
         if touched == 0 {
-            return Finished { basis: Some(basis), lanes, database_failed: !release(claim) };
+            return Finished { basis: Some(basis), lanes, database_failed: !release(claim), bytes: 0 };
         }
         failpoint!("settle.begin");
         let settling = Instant::now();
@@ -145,7 +150,7 @@ impl Worker {
                     settled.dead,
                     settling.elapsed()
                 );
-                Finished { basis: Some(basis), lanes, database_failed: false }
+                Finished { basis: Some(basis), lanes, database_failed: false, bytes: 0 }
             }
             Err(error) => {
                 self.metrics.postgres_error();
@@ -153,7 +158,7 @@ impl Worker {
                 let failures = self.failed_settles.fetch_add(1, Ordering::Relaxed);
                 let level = if failures == 0 { log::Level::Error } else { log::Level::Debug };
                 log::log!(level, "settle failed, will settle again: events={touched}: {error}");
-                Finished { basis: Some(basis), lanes, database_failed: true }
+                Finished { basis: Some(basis), lanes, database_failed: true, bytes: 0 }
             }
         }
     }

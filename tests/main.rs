@@ -18,6 +18,7 @@ mod demo;
 mod faults;
 mod harness;
 mod harness_test;
+mod hostile;
 mod http;
 mod outages;
 mod package;

@@ -1,5 +1,6 @@
-# Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, PgBouncer, and libfaketime,
-# under which the clock of a PostgreSQL jumps. Sourced by tests/run.sh and tests/faults.sh, after etc/servers.sh.
+# Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, a second NATS client,
+# PgBouncer, and libfaketime, under which the clock of a PostgreSQL jumps. Sourced by tests/run.sh and tests/faults.sh,
+# after etc/servers.sh.
 
 # Debian's nats-server is older than what many run: some tests want a current one beside it.
 NATS_CURRENT=2.15.1
@@ -24,6 +25,23 @@ fetch_current_nats_server() {
     export PG_OUTBOX_NATS_SERVER_CURRENT=$PWD/$program
 }
 
+# A second NATS client, to read what we wrote: nats-py, pure Python without dependencies.
+NATS_PY=2.16.0
+
+fetch_nats_py() {
+    local folder=target/servers/python
+    if [ ! -d "$folder/nats_py-$NATS_PY.dist-info" ]; then
+        say "fetching nats-py $NATS_PY into $folder"
+        python3 -m pip --version > /dev/null 2>&1 || install_packages python3-pip
+        rm -rf "$folder"
+        mkdir -p "$folder/wheel"
+        python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+            --dest "$folder/wheel" "nats-py==$NATS_PY" || die "cannot fetch nats-py $NATS_PY"
+        python3 -m zipfile -e "$folder"/wheel/*.whl "$folder"
+        rm -rf "$folder/wheel"
+    fi
+}
+
 have_faketime() {
     compgen -G '/usr/lib/*/faketime/libfaketime.so.1' > /dev/null
 }
@@ -41,6 +59,7 @@ install_what_tests_need() {
     need_cargo
     install_missing_servers
     fetch_current_nats_server
+    fetch_nats_py
     [ -x /usr/sbin/pgbouncer ] || install_pgbouncer
     have_faketime || install_packages faketime
 }

@@ -7,7 +7,7 @@
 -- $1 uuid[], $2 timestamptz[]: id and created_at of each event.
 UPDATE outboxes o
    SET published_at = statement_timestamp(),
-       attempts = coalesce(o.attempts, 0) + 1,
+       attempts = least(coalesce(o.attempts, 0), 2147483646) + 1,
        last_error = NULL,
        next_attempt_at = NULL
   FROM unnest($1::uuid[], $2::timestamptz[]) AS e(id, created_at)

@@ -18,7 +18,7 @@ use crate::event::{Event, Outcome};
 use crate::headers::HeaderPolicy;
 use crate::publisher::raw::{Message, Raw};
 use crate::publisher::streams::Batches;
-use crate::store::{ClaimSettings, LANES, Store};
+use crate::store::{ClaimLimits, ClaimSettings, LANES, Store};
 
 /// Messages without an ack at most: where the service's own limit is, and a stream's is not far.
 const WINDOW: usize = 5_000;
@@ -113,11 +113,12 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
 
 /// Claims and settles these lanes to their ends, from cursors, as nobody else does.
 fn claim_all(store: &Store, lanes: &[i32], batch: usize) -> Result<Vec<Event>> {
-    let batch = i32::try_from(batch).unwrap_or(i32::MAX);
+    let events = i32::try_from(batch).unwrap_or(i32::MAX);
+    let limits = ClaimLimits { lanes: LANES, events, event_bytes: usize::MAX };
     let mut cursors = [cursors::BEGINNING; cursors::LANES];
     let mut all = Vec::new();
     loop {
-        let mut claim = store.open()?.claim(lanes, LANES, batch, &cursors)?;
+        let mut claim = store.open()?.claim(lanes, limits, &cursors)?;
         if claim.is_empty() {
             return Ok(all);
         }

@@ -1,0 +1,9 @@
+//! Input that nobody should send: rows of every kind, NATS servers and PostgreSQL connections that break off or lie,
+//! clients that do not behave.
+//!
+//! What must hold is the same for all: the pipeline goes on, keys that have nothing to do with it are delivered in a
+//! moment, every event ends published or as a dead letter with a reason, and what reaches the stream is read alike by
+//! clients that share no code. Rows and clients meet real servers. Only the servers that lie are our own, as a real one
+//! does not; a real one takes over from each.
+
+mod rows;
