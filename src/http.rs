@@ -5,7 +5,8 @@
 //! at most, and the oldest client makes room when a new one finds the house full. So probes are answered
 //! whatever else is connected, and the connections of the service itself keep their file descriptors. One
 //! request a connection, GET or HEAD, bodies never read. It asks nobody: what it shows was put into
-//! [`Health`] and [`Metrics`] by the other threads.
+//! [`Health`], [`Metrics`] and [`Waiting`] by the other threads; between requests it reads the counters every
+//! [`recent::STEP`], for the charts of the status page.
 //!
 //! The only file that names `tiny_http`, for its methods, headers and responses. Its `Server` is not used: it
 //! gives every client a thread for as long as the client likes, reads heads without limit, stops for good at
@@ -15,7 +16,7 @@
 use std::convert::Infallible;
 use std::io::{self, Cursor, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, TryRecvError};
@@ -27,6 +28,12 @@ use tiny_http::{HTTPVersion, Header, Method, Response, StatusCode};
 use crate::config;
 use crate::health::{self, Facts, Health, ThreadState, Verdict};
 use crate::metrics::{Metrics, Totals};
+use crate::recent::{self, Columns, Reading, Recent, Waiting};
+use crate::store::{DeadLetter, Retry};
+
+mod page;
+
+use self::page::StatusPage;
 
 /// Clients at a time.
 pub const MAX_CLIENTS: usize = 64;
@@ -47,14 +54,27 @@ impl Http {
     ///
     /// # Errors
     /// If the address is taken or not ours.
-    pub fn bind(config: &config::Metrics, instance: &str, health: Health, metrics: Metrics) -> Result<Http> {
+    pub fn bind(
+        config: &config::Metrics,
+        instance: &str,
+        health: Health,
+        metrics: Metrics,
+        waiting: Waiting,
+    ) -> Result<Http> {
         let address = SocketAddr::new(config.address, config.port);
         let listener = TcpListener::bind(address).with_context(|| format!("listen on {address} for http"))?;
         listener.set_nonblocking(true).context("make the http listener non-blocking")?;
         let address = listener.local_addr().context("name the http address")?;
         info!("http listening: address={address} path={}", config.path);
-        let pages =
-            Pages { instance: instance.to_string(), metrics_path: config.path.clone(), health, metrics };
+        let pages = Pages {
+            instance: instance.to_string(),
+            metrics_path: config.path.clone(),
+            status_page: StatusPage::new(&config.path),
+            health,
+            metrics,
+            waiting,
+            recent: Recent::default(),
+        };
         Ok(Http { listener, pages })
     }
 
@@ -70,12 +90,13 @@ impl Http {
     ///
     /// # Errors
     /// If `poll` fails, which it does only for want of kernel memory.
-    pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
+    pub fn run(mut self, stop: &Receiver<Infallible>) -> Result<()> {
         let heartbeat = self.pages.health.thread("http", HEARTBEAT_LIMIT);
         let mut clients: Vec<Client> = Vec::with_capacity(MAX_CLIENTS);
         let mut accept_after = Instant::now();
         while matches!(stop.try_recv(), Err(TryRecvError::Empty)) {
             heartbeat.beat();
+            self.pages.remember(Instant::now());
             let accepting = Instant::now() >= accept_after;
             let (at_the_door, moved) =
                 wait(&self.listener, accepting, &clients).context("poll the http sockets")?;
@@ -250,8 +271,11 @@ fn gone(kind: ErrorKind) -> bool {
 struct Pages {
     instance: String,
     metrics_path: String,
+    status_page: StatusPage,
     health: Health,
     metrics: Metrics,
+    waiting: Waiting,
+    recent: Recent,
 }
 
 const HTML: &str = "text/html; charset=utf-8";
@@ -282,18 +306,60 @@ impl Pages {
 
     fn page(&self, path: &str) -> Page {
         match path {
-            "/" => page(200, HTML, status_page(&self.status())),
+            "/" => {
+                let facts = json(&First { status: self.status(), recent: self.recently() });
+                page_with_policy(200, HTML, self.status_page.with(&facts), self.status_page.policy())
+            }
             "/status" => page(200, JSON, json(&self.status())),
+            "/recent" => page(200, JSON, json(&self.recently())),
             "/health" | "/healthz" => probe(&self.health.live()),
             "/ready" | "/readyz" => probe(&self.health.ready()),
-            path if path == self.metrics_path => page(200, METRICS, self.metrics.render()),
+            path if path == self.metrics_path => {
+                self.metrics.ready(self.health.ready().ok);
+                page(200, METRICS, self.metrics.render())
+            }
             _ => {
-                page(404, TEXT, format!("nothing here; try / /status /health /ready {}\n", self.metrics_path))
+                let known = format!("/ /status /recent /health /ready {}", self.metrics_path);
+                page(404, TEXT, format!("nothing here; try {known}\n"))
             }
         }
     }
 
-    /// The facts of the status page and of `/status`.
+    /// Takes a reading of the counters when it is time.
+    fn remember(&mut self, now: Instant) {
+        if !self.recent.is_due(now) {
+            return;
+        }
+        self.recent.take(Reading {
+            at: now,
+            totals: self.metrics.totals(),
+            known: self.waiting.seen().known,
+            outage: self.health.facts().outage.is_some(),
+            claims: self.metrics.claim_durations(),
+            publishes: self.metrics.publish_durations(),
+            settles: self.metrics.settle_durations(),
+        });
+    }
+
+    /// The facts of `/recent`.
+    fn recently(&self) -> Recently {
+        let (now, seen) = (Instant::now(), self.waiting.seen());
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Recently {
+            now_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
+            window_seconds: recent::WINDOW.as_secs(),
+            step_seconds: recent::STEP.as_secs(),
+            counted: seen.known,
+            counted_seconds_ago: seen
+                .counted
+                .map(|counted| now.saturating_duration_since(counted).as_secs_f64()),
+            samples: self.recent.columns(now),
+            retries: seen.retries,
+            dead_letters: seen.dead_letters,
+        }
+    }
+
+    /// The facts of `/status`.
     fn status(&self) -> Status<'_> {
         let facts = self.health.facts();
         Status {
@@ -309,6 +375,32 @@ impl Pages {
             events: self.metrics.totals(),
         }
     }
+}
+
+/// What the status page begins with.
+#[derive(Debug, Serialize)]
+struct First<'a> {
+    status: Status<'a>,
+    recent: Recently,
+}
+
+/// The last quarter of an hour, and what waits.
+#[derive(Debug, Serialize)]
+struct Recently {
+    /// Unix time now, in milliseconds.
+    now_ms: u64,
+    /// How far the samples go back at most, and how far they are apart.
+    window_seconds: u64,
+    step_seconds: u64,
+    /// Whether the backlog could be counted when that was last tried.
+    counted: bool,
+    /// Age of the last count; null if there was none.
+    counted_seconds_ago: Option<f64>,
+    samples: Columns,
+    /// The events in retry that are due first.
+    retries: Vec<Retry>,
+    /// The newest dead letters.
+    dead_letters: Vec<DeadLetter>,
 }
 
 /// Everything we know about ourselves.
@@ -376,49 +468,6 @@ fn probe(verdict: &Verdict) -> Page {
     page(if verdict.ok { 200 } else { 503 }, JSON, json(&probe_body(verdict)))
 }
 
-fn status_page(status: &Status<'_>) -> String {
-    let mut rows = vec![
-        ("instance".to_string(), status.instance.to_string()),
-        ("version".to_string(), status.version.to_string()),
-        (
-            "up for".to_string(),
-            humantime::format_duration(Duration::from_secs(status.uptime_seconds)).to_string(),
-        ),
-        ("live".to_string(), verdict_cell(&status.live)),
-        ("ready".to_string(), verdict_cell(&status.ready)),
-        ("published since the start".to_string(), status.events.published.to_string()),
-        ("rejected attempts since the start".to_string(), status.events.failed.to_string()),
-        ("pending".to_string(), status.events.pending.to_string()),
-        ("in retry".to_string(), status.events.retrying.to_string()),
-        ("dead letters".to_string(), status.events.dead.to_string()),
-        ("lag".to_string(), format!("{:.1}s", status.events.lag_seconds)),
-    ];
-    rows.extend(status.parts.iter().map(|part| (part.name.clone(), part.state.clone())));
-    rows.extend(status.threads.iter().map(|thread| (thread.name.clone(), thread_cell(thread))));
-    let rows: String = rows
-        .iter()
-        .map(|(name, value)| format!("<tr><th align=left>{}<td>{}\n", escape(name), escape(value)))
-        .collect();
-    format!("<!doctype html>\n<title>pg-outbox</title>\n<h1>pg-outbox</h1>\n<table>\n{rows}</table>\n")
-}
-
-fn verdict_cell(probe: &ProbeBody) -> String {
-    if probe.reasons.is_empty() {
-        probe.status.to_string()
-    } else {
-        format!("no: {}", probe.reasons.join("; "))
-    }
-}
-
-fn thread_cell(thread: &ThreadStatus) -> String {
-    let busy = thread.busy_seconds.map(|seconds| format!(", last progress {seconds:.1}s ago"));
-    format!("{}{}", thread.state, busy.unwrap_or_default())
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
 fn json(value: &impl Serialize) -> String {
     let mut text =
         serde_json::to_string(value).expect("these types have string keys and finite numbers only");
@@ -428,13 +477,25 @@ fn json(value: &impl Serialize) -> String {
 
 type Page = Response<Cursor<Vec<u8>>>;
 
+/// An answer that a browser takes for what it is, and in which nothing runs.
 fn page(status: u16, content_type: &str, body: impl Into<String>) -> Page {
-    Response::from_string(body)
-        .with_status_code(StatusCode(status))
-        .with_header(header("Content-Type", content_type))
-        .with_header(header("Server", "pg-outbox"))
-        .with_header(header("Cache-Control", "no-store"))
-        .with_header(header("X-Content-Type-Options", "nosniff"))
+    page_with_policy(status, content_type, body, "default-src 'none'; frame-ancestors 'none'")
+}
+
+fn page_with_policy(status: u16, content_type: &str, body: impl Into<String>, policy: &str) -> Page {
+    let headers = [
+        ("Content-Type", content_type),
+        ("Server", "pg-outbox"),
+        ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", policy),
+        ("X-Frame-Options", "DENY"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cross-Origin-Resource-Policy", "same-origin"),
+        ("Cross-Origin-Opener-Policy", "same-origin"),
+    ];
+    let page = Response::from_string(body).with_status_code(StatusCode(status));
+    headers.into_iter().fold(page, |page, (name, value)| page.with_header(header(name, value)))
 }
 
 fn header(name: &str, value: &str) -> Header {
@@ -525,8 +586,11 @@ mod tests {
         Pages {
             instance: "a<b".to_string(),
             metrics_path: "/metrics".to_string(),
+            status_page: StatusPage::new("/metrics"),
             health: Health::new(),
             metrics: Metrics::new(),
+            waiting: Waiting::default(),
+            recent: Recent::default(),
         }
     }
 
@@ -574,15 +638,5 @@ mod tests {
         clients[0].deadline = Instant::now();
         serve(&mut clients, &[false], &pages());
         assert!(clients.is_empty());
-    }
-
-    #[test]
-    fn the_status_page_shows_causes_as_text() {
-        let pages = pages();
-        pages.health.set(health::Part::Nats, Err("<script>alert(\"x\")</script> & more".to_string()));
-        let html = status_page(&pages.status());
-        assert!(html.contains("<td>a&lt;b\n"), "{html}");
-        assert!(html.contains("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; more"), "{html}");
-        assert!(!html.contains("<script>"), "{html}");
     }
 }

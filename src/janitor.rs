@@ -1,8 +1,9 @@
-//! The janitor: keeps the gauges of the backlog, of retries and dead letters, and of the pool.
+//! The janitor: keeps the gauges of the backlog, of retries and dead letters, of what hinders vacuum, and of the pool;
+//! and the lists of the status page.
 //!
-//! Counting costs the database something, so it never happens at a scrape: the janitor counts every
-//! [`COUNT_INTERVAL`], and more seldom when counting takes long, so that it takes at most a twentieth of the time
-//! of one connection.
+//! Counting and listing cost the database something, so they never happen at a scrape or at a look at the page: the
+//! janitor does each every [`INTERVAL`], and more seldom when it takes long, so that each takes at most a twentieth
+//! of the time of one connection.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -12,13 +13,14 @@ use crossbeam_channel::{Receiver, select};
 
 use crate::health::Heartbeat;
 use crate::metrics::{Backlog, Metrics};
-use crate::store::Store;
+use crate::recent::{MAX_LISTED, Waiting};
+use crate::store::{Store, StoreError};
 
-/// Time between two counts of the backlog.
-const COUNT_INTERVAL: Duration = Duration::from_secs(5);
+/// Time between two counts of the backlog, and between two lists.
+const INTERVAL: Duration = Duration::from_secs(5);
 /// Time between two looks at the pool.
 const POOL_INTERVAL: Duration = Duration::from_secs(1);
-/// Counting takes at most this part of the time.
+/// Counting takes at most this part of the time, and so does listing.
 const DUTY: u32 = 20;
 
 /// The thread.
@@ -29,6 +31,8 @@ pub struct Janitor {
     pub heartbeat: Heartbeat,
     /// Where the counts go.
     pub metrics: Metrics,
+    /// Where the lists go.
+    pub waiting: Waiting,
 }
 
 impl Janitor {
@@ -38,11 +42,17 @@ impl Janitor {
     /// None of its own: a count that fails is tried again.
     pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
         let mut next_count = Instant::now();
+        let mut next_list = Instant::now();
         loop {
             self.heartbeat.beat();
             if Instant::now() >= next_count {
                 let took = self.count();
-                next_count = Instant::now() + COUNT_INTERVAL.max(took * DUTY);
+                next_count = Instant::now() + INTERVAL.max(took * DUTY);
+                self.heartbeat.beat();
+            }
+            if Instant::now() >= next_list {
+                let took = self.list();
+                next_list = Instant::now() + INTERVAL.max(took * DUTY);
             }
             let pool = self.store.pool_state();
             self.metrics.pool(pool.connections - pool.idle, pool.idle, pool.max);
@@ -56,14 +66,41 @@ impl Janitor {
     fn count(&self) -> Duration {
         let started = Instant::now();
         match self.store.backlog() {
-            Ok(backlog) => self.metrics.backlog(&Backlog {
-                pending: backlog.pending.unsigned_abs(),
-                retrying: backlog.retrying.unsigned_abs(),
-                dead: backlog.dead.unsigned_abs(),
-                lag: backlog.lag,
-            }),
-            Err(error) => log::debug!("count failed, will retry: {error}"),
+            Ok(backlog) => {
+                self.metrics.backlog(&Backlog {
+                    pending: backlog.pending.unsigned_abs(),
+                    retrying: backlog.retrying.unsigned_abs(),
+                    dead: backlog.dead.unsigned_abs(),
+                    lag: backlog.lag,
+                });
+                self.waiting.counted();
+            }
+            Err(error) => {
+                self.waiting.count_failed();
+                log::debug!("count failed, will retry: {error}");
+            }
         }
         started.elapsed()
+    }
+
+    fn list(&self) -> Duration {
+        let started = Instant::now();
+        if let Err(error) = self.try_list() {
+            log::debug!("list failed, will retry: {error}");
+        }
+        started.elapsed()
+    }
+
+    /// Lists only what the last count says is there: mostly there is nothing.
+    fn try_list(&self) -> Result<(), StoreError> {
+        let totals = self.metrics.totals();
+        let most = MAX_LISTED as i64;
+        let retries = if totals.retrying > 0 { self.store.next_retries(most)? } else { Vec::new() };
+        let dead_letters = if totals.dead > 0 { self.store.newest_dead(most)? } else { Vec::new() };
+        self.waiting.listed(retries, dead_letters);
+        let oldest = self.store.oldest_transaction()?;
+        let age = oldest.map_or(0.0, |oldest| oldest.seconds);
+        self.metrics.oldest_transaction(Duration::try_from_secs_f64(age).unwrap_or_default());
+        Ok(())
     }
 }

@@ -20,7 +20,7 @@
 //! [`topic_map`] topic to subject · [`headers`] metadata to headers · [`answer`] what JetStream says ·
 //! [`preflight`] what of a stream does not fit · [`outage`] the gate · [`health`] live and ready · [`live`] what a
 //! reload changes. These are plain data and pure decisions. [`tls`] is what both servers' connections have in common.
-//! Then [`store`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`]; the threads [`claimer`],
+//! Then [`store`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`], [`recent`]; the threads [`claimer`],
 //! [`worker`] with [`publish`], [`wakeup`], [`janitor`], [`upkeep`], [`http`]; [`service`], which starts, supervises and
 //! drains them; and the [`command`]s. [`failpoint`](mod@failpoint) names the steps of a claim at which the tests kill
 //! the process.
@@ -45,6 +45,7 @@ pub mod outage;
 pub mod preflight;
 pub mod publish;
 pub mod publisher;
+pub mod recent;
 pub mod retry;
 pub mod sandbox;
 pub mod service;

@@ -57,6 +57,17 @@ pub struct Totals {
     pub lag_seconds: f64,
 }
 
+/// How long things took, since the start: a histogram's counts.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Durations {
+    /// Upper bound in seconds of each bucket, and how many took at most so long.
+    pub buckets: Vec<(f64, u64)>,
+    /// How many there were, those above the last bound included.
+    pub count: u64,
+    /// How long they took together, in seconds.
+    pub sum: f64,
+}
+
 impl Metrics {
     /// Registers every metric, all at 0.
     pub fn new() -> Metrics {
@@ -133,6 +144,17 @@ impl Metrics {
         self.0.retrying.set(gauge_value(backlog.retrying));
         self.0.dead.set(gauge_value(backlog.dead));
         self.0.lag.set(backlog.lag.as_secs_f64());
+        self.0.last_count.set(unix_seconds(SystemTime::now()));
+    }
+
+    /// The oldest transaction that keeps vacuum from the outbox is so old; zero if there is none.
+    pub fn oldest_transaction(&self, age: Duration) {
+        self.0.oldest_transaction.set(age.as_secs_f64());
+    }
+
+    /// Whether an event committed now would be published now.
+    pub fn ready(&self, ready: bool) {
+        self.0.ready.set(i64::from(ready));
     }
 
     /// The partitions were looked at: for how many days from now they are made, rows that fell beside them.
@@ -200,6 +222,21 @@ impl Metrics {
         }
     }
 
+    /// How long claims were held.
+    pub fn claim_durations(&self) -> Durations {
+        durations(&self.0.processing_duration)
+    }
+
+    /// How long publishing a claim's events took.
+    pub fn publish_durations(&self) -> Durations {
+        durations(&self.0.publish_duration)
+    }
+
+    /// How long settling a claim took.
+    pub fn settle_durations(&self) -> Durations {
+        durations(&self.0.settle_duration)
+    }
+
     /// Everything in Prometheus' text format, version 0.0.4.
     pub fn render(&self) -> String {
         self.0.process.refresh();
@@ -251,6 +288,9 @@ struct Series {
     retrying: IntGauge,
     dead: IntGauge,
     lag: Gauge,
+    last_count: Gauge,
+    oldest_transaction: Gauge,
+    ready: IntGauge,
     partitions_ahead: Gauge,
     default_rows: IntGauge,
     last_upkeep: Gauge,
@@ -308,6 +348,13 @@ impl Series {
             retrying: int_gauge(r, "outbox_retrying_events", "Events in retry, due or not."),
             dead: int_gauge(r, "outbox_dead_events", "Dead letters in the table."),
             lag: gauge(r, "outbox_lag_seconds", "Age of the oldest pending event; 0 if none is pending."),
+            last_count: gauge(r, "outbox_backlog_last_success_timestamp_seconds", COUNT_HELP),
+            oldest_transaction: gauge(r, "outbox_oldest_transaction_seconds", OLDEST_HELP),
+            ready: int_gauge(
+                r,
+                "outbox_ready",
+                "1 while an event committed now would be published now, else 0.",
+            ),
             partitions_ahead: gauge(r, "outbox_partitions_ahead_days", AHEAD_HELP),
             default_rows: int_gauge(r, "outbox_default_partition_rows", DEFAULT_HELP),
             last_upkeep: gauge(r, "outbox_upkeep_last_success_timestamp_seconds", UPKEEP_HELP),
@@ -349,6 +396,10 @@ const SETTLE_HELP: &str = "Time to settle a claim: write its outcomes and commit
 const CLAIM_HELP: &str = "Time a claim is held, from its read to its commit.";
 const PENDING_HELP: &str =
     "Events neither published nor dead, as last measured; an estimate when there are many.";
+const COUNT_HELP: &str =
+    "Unix time at which this instance last counted the backlog; 0 if it has not since the start.";
+const OLDEST_HELP: &str = "Age of the oldest transaction that keeps vacuum from the outbox, as far as the role may \
+    see; 0 if there is none.";
 const AHEAD_HELP: &str =
     "Days from now for which there are partitions without a gap; 0 if this month has none.";
 const DEFAULT_HELP: &str =
@@ -429,6 +480,24 @@ fn process_start() -> Option<f64> {
     let since_boot = since_boot.tv_sec as f64 + since_boot.tv_nsec as f64 / 1e9;
     let started = stat_field(START_TIME)? as f64 / clock_ticks_per_second() as f64;
     Some(unix_seconds(SystemTime::now()) - (since_boot - started))
+}
+
+fn durations(histogram: &Histogram) -> Durations {
+    // A histogram without labels is one family of one metric.
+    let families = histogram.collect();
+    let Some(metric) = families.first().and_then(|family| family.get_metric().first()) else {
+        return Durations::default();
+    };
+    let histogram = metric.get_histogram();
+    Durations {
+        buckets: histogram
+            .get_bucket()
+            .iter()
+            .map(|bucket| (bucket.upper_bound(), bucket.cumulative_count()))
+            .collect(),
+        count: histogram.get_sample_count(),
+        sum: histogram.get_sample_sum(),
+    }
 }
 
 fn unix_seconds(time: SystemTime) -> f64 {
@@ -560,6 +629,8 @@ mod tests {
         metrics.nats_disconnected();
         metrics.nats_connected();
         metrics.outage_began();
+        metrics.ready(true);
+        metrics.oldest_transaction(Duration::from_millis(90_500));
         for (series, expected) in [
             ("outbox_pending_events", 7.0),
             ("outbox_retrying_events", 2.0),
@@ -571,12 +642,18 @@ mod tests {
             ("outbox_nats_connected", 1.0),
             ("outbox_nats_connects_total", 2.0),
             ("outbox_outage", 1.0),
+            ("outbox_ready", 1.0),
+            ("outbox_oldest_transaction_seconds", 90.5),
         ] {
             assert_eq!(value(&metrics, series), expected, "{series}");
         }
+        let now = unix_seconds(SystemTime::now());
+        assert!((value(&metrics, "outbox_backlog_last_success_timestamp_seconds") - now).abs() < 60.0);
         metrics.outage_ended();
+        metrics.ready(false);
         metrics.backlog(&Backlog::default());
         assert_eq!(value(&metrics, "outbox_outage"), 0.0);
+        assert_eq!(value(&metrics, "outbox_ready"), 0.0);
         assert_eq!(value(&metrics, "outbox_outages_total"), 1.0);
         assert_eq!(metrics.totals().pending, 0);
     }
@@ -608,6 +685,10 @@ mod tests {
         ] {
             assert_eq!(value(&metrics, series), expected, "{series}");
         }
+        let claims = metrics.claim_durations();
+        assert_eq!((claims.count, claims.sum, claims.buckets.len()), (1, 0.02, SECONDS.len()));
+        assert_eq!(claims.buckets[3..5], [(0.01, 0), (0.025, 1)]);
+        assert_eq!((metrics.publish_durations().sum, metrics.settle_durations().sum), (0.004, 0.002));
     }
 
     #[test]

@@ -31,6 +31,7 @@ use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Unanswered, Unsettled};
 use crate::publisher::Publisher;
+use crate::recent::Waiting;
 use crate::store::{ClaimSettings, Store, UPKEEP_STEP};
 use crate::upkeep::Upkeep;
 use crate::wakeup::{Doze, Sleeper, Wakeup};
@@ -120,8 +121,10 @@ impl Service {
                 max_claim_bytes: i64::try_from(max_claim_bytes).unwrap_or(i64::MAX),
             },
         )?;
+        let waiting = Waiting::default();
         let http = if http.enabled {
-            Some(Http::bind(&http, &dispatcher.instance_id, health.clone(), metrics.clone())?)
+            let (health, metrics) = (health.clone(), metrics.clone());
+            Some(Http::bind(&http, &dispatcher.instance_id, health, metrics, waiting.clone())?)
         } else {
             None
         };
@@ -200,6 +203,7 @@ impl Service {
             store: store.clone(),
             heartbeat: health.thread("janitor", stuck),
             metrics: metrics.clone(),
+            waiting,
         };
         let stop_janitor = stopped.clone();
         threads.spawn("janitor", move || janitor.run(&stop_janitor))?;

@@ -53,7 +53,7 @@ use crate::cursors::{self, Reading, Writer};
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 
-pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Topic};
+pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Retry, Topic};
 pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
 };

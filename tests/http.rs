@@ -11,6 +11,7 @@ use pg_outbox::config;
 use pg_outbox::health::{Health, Part};
 use pg_outbox::http::{CLIENT_DEADLINE, Http, MAX_CLIENTS, MAX_HEAD_BYTES};
 use pg_outbox::metrics::Metrics;
+use pg_outbox::recent::Waiting;
 
 /// A running server; stopped when dropped.
 struct Server {
@@ -30,7 +31,8 @@ impl Server {
             path: "/metrics".to_string(),
         };
         let (health, metrics) = (Health::new(), Metrics::new());
-        let http = Http::bind(&config, "dispatcher-1", health.clone(), metrics.clone()).unwrap();
+        let http =
+            Http::bind(&config, "dispatcher-1", health.clone(), metrics.clone(), Waiting::default()).unwrap();
         let address = http.address().unwrap();
         let (stop, stopped) = crossbeam_channel::bounded(0);
         let thread = thread::spawn(move || http.run(&stopped));
@@ -317,7 +319,8 @@ fn a_taken_address_is_named() {
         port: server.address.port(),
         path: "/metrics".to_string(),
     };
-    let error = Http::bind(&config, "dispatcher-2", Health::new(), Metrics::new()).unwrap_err();
+    let error =
+        Http::bind(&config, "dispatcher-2", Health::new(), Metrics::new(), Waiting::default()).unwrap_err();
     assert!(
         format!("{error:#}").starts_with(&format!("listen on {} for http: ", server.address)),
         "{error:#}"

@@ -22,6 +22,7 @@ mod hostile;
 mod http;
 mod outages;
 mod package;
+mod page;
 mod partitions;
 mod pooler;
 mod postgres_tls;

@@ -557,7 +557,7 @@ fn a_broken_value_is_named_with_its_line_and_what_is_allowed() {
         ),
         (
             "metrics:\n  path: /ready",
-            "9: metrics.path: \"/ready\" is taken; allowed: any path but / /status /health /healthz /ready /readyz",
+            "9: metrics.path: \"/ready\" is taken; allowed: any path but / /status /recent /health /healthz /ready /readyz",
         ),
         (
             "metrics:\n  address: localhost",

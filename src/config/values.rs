@@ -26,7 +26,7 @@ const MAX_INSTANCE_ID: usize = 63;
 const MAX_STREAM_NAME: usize = 255;
 
 /// The paths that are taken.
-const OTHER_PATHS: [&str; 6] = ["/", "/status", "/health", "/healthz", "/ready", "/readyz"];
+const OTHER_PATHS: [&str; 7] = ["/", "/status", "/recent", "/health", "/healthz", "/ready", "/readyz"];
 
 const DSN_FORMS: &str = "allowed: postgresql://user:password@host:5432/database, \
     or host=... user=... password=... dbname=...";

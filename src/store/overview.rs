@@ -78,6 +78,21 @@ pub struct DeadLetter {
     pub dead_at_ms: i64,
 }
 
+/// An event in retry, without its content.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Retry {
+    /// Its place in the order.
+    pub seq: i64,
+    /// Its topic.
+    pub topic: String,
+    /// Attempts that were made.
+    pub attempts: i32,
+    /// Why the last one failed.
+    pub reason: String,
+    /// When the next one is due, in milliseconds since 1970.
+    pub next_attempt_at_ms: i64,
+}
+
 impl Store {
     /// The `most` topics of which most waits.
     ///
@@ -161,6 +176,22 @@ impl Store {
         })
     }
 
+    /// The `most` events in retry that are due first.
+    ///
+    /// # Errors
+    /// As [`Store::topics`].
+    pub fn next_retries(&self, most: i64) -> Result<Vec<Retry>, StoreError> {
+        read_all(&self.read(BACKLOG_TIMEOUT, &NEXT_RETRIES, &[&most])?, |row| {
+            Ok(Retry {
+                seq: row.try_get(0)?,
+                topic: row.try_get(1)?,
+                attempts: row.try_get(2)?,
+                reason: row.try_get(3)?,
+                next_attempt_at_ms: row.try_get(4)?,
+            })
+        })
+    }
+
     /// How many events were ever written, rolled back ones included; its growth is the writers' rate.
     ///
     /// # Errors
@@ -175,4 +206,5 @@ const BLOCKED_KEYS: Query = query!("blocked_keys", BOOL, INT8);
 const INSTANCES: Query = query!("instances");
 const OLDEST_TRANSACTION: Query = query!("oldest_transaction");
 const NEWEST_DEAD: Query = query!("newest_dead", INT8);
+const NEXT_RETRIES: Query = query!("next_retries", INT8);
 const WRITTEN: Query = query!("written");

@@ -308,6 +308,11 @@ impl Daemon {
         get(address, path).unwrap_or_else(|error| (0, error.to_string()))
     }
 
+    /// Where this path is.
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address.expect("wait_listening comes first"))
+    }
+
     /// The value of a metric: with labels (`name{label="value"}`) of that sample, without the sum over all of them.
     #[track_caller]
     pub fn metric(&self, name: &str) -> f64 {

@@ -8,6 +8,7 @@
 //! passwords that tests have planted ([`secrets`]).
 #![allow(dead_code, unused_imports, reason = "the verbs are complete, whether or not each has its test yet")]
 
+pub mod browser;
 pub mod certificates;
 pub mod cluster;
 pub mod daemon;
