@@ -20,6 +20,7 @@ mod harness;
 mod harness_test;
 mod hostile;
 mod http;
+mod monitoring;
 mod outages;
 mod package;
 mod page;

@@ -244,6 +244,8 @@ fn the_package_has_all_that_belongs_to_it() {
         "usr/lib/systemd/system/pg-outbox@.service",
         "usr/lib/sysusers.d/pg-outbox.conf",
         "usr/share/pg-outbox/schema/001_outbox.sql",
+        "usr/share/pg-outbox/grafana-dashboard.json",
+        "usr/share/pg-outbox/prometheus-alerts.yaml",
         "usr/share/man/man1/pg-outbox.1.gz",
         "usr/share/man/man1/pg-outbox-migrate.1.gz",
         "usr/share/man/man5/pg-outbox.yaml.5.gz",

@@ -1,5 +1,5 @@
 # Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, a second NATS client,
-# PgBouncer, a browser for the status page, and libfaketime, under which the clock of a PostgreSQL jumps. Sourced by
+# PgBouncer, a browser for the status page, promtool, and libfaketime, under which the clock of a PostgreSQL jumps. Sourced by
 # tests/run.sh and tests/faults.sh, after etc/servers.sh.
 
 # Debian's nats-server is older than what many run: some tests want a current one beside it.
@@ -42,6 +42,26 @@ fetch_nats_py() {
     fi
 }
 
+# promtool judges alerts and dashboard. It is taken out of Debian's package: installed, that would start a server.
+fetch_promtool() {
+    local folder=target/servers/prometheus program=target/servers/promtool
+    if command -v promtool > /dev/null; then
+        program=$(command -v promtool)
+    elif [ ! -x "$program" ]; then
+        say "fetching promtool into target/servers, from Debian's package prometheus"
+        rm -rf "$folder"
+        mkdir -p "$folder"
+        (cd "$folder" && apt-get download -q prometheus) \
+            || { as_root apt-get update -q && (cd "$folder" && apt-get download -q prometheus); } \
+            || die "cannot fetch promtool: apt-get download prometheus failed"
+        dpkg-deb -x "$folder"/prometheus_*.deb "$folder"
+        install -m 755 "$folder/usr/bin/promtool" "$program"
+        rm -rf "$folder"
+    fi
+    export PG_OUTBOX_PROMTOOL
+    PG_OUTBOX_PROMTOOL=$(realpath "$program")
+}
+
 have_faketime() {
     compgen -G '/usr/lib/*/faketime/libfaketime.so.1' > /dev/null
 }
@@ -63,4 +83,5 @@ install_what_tests_need() {
     [ -x /usr/sbin/pgbouncer ] || install_pgbouncer
     have_faketime || install_packages faketime
     command -v chromium > /dev/null || install_packages chromium
+    fetch_promtool
 }
