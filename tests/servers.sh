@@ -1,6 +1,6 @@
 # Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, a second NATS client,
-# PgBouncer, a browser for the status page, promtool, and libfaketime, under which the clock of a PostgreSQL jumps. Sourced by
-# tests/run.sh and tests/faults.sh, after etc/servers.sh.
+# PgBouncer, a browser for the status page, promtool, and libfaketime, under which the clock of a PostgreSQL jumps.
+# Sourced by tests/run.sh and tests/faults.sh, after etc/servers.sh.
 
 # Debian's nats-server is older than what many run: some tests want a current one beside it.
 NATS_CURRENT=2.15.1
