@@ -8,9 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use pg_outbox::metrics::Metrics;
 use serde_json::{Value, json};
+
+use super::harness::{Config, Daemon, database, stream, wait_until};
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Exposed, and in neither dashboard nor alerts: why.
 const UNUSED: [(&str, &str); 1] = [(
@@ -409,4 +414,19 @@ fn the_dashboard_can_be_imported() {
             assert_eq!(panel["datasource"]["uid"], "${datasource}", "{title}");
         }
     }
+}
+
+#[test]
+fn an_old_snapshot_shows_and_so_does_that_it_is_gone() {
+    let (db, stream) = (database(), stream());
+    let daemon = Daemon::start(&Config::new(&db, &stream));
+    daemon.wait_ready();
+    assert_eq!(daemon.metric("outbox_ready"), 1.0);
+    let age = || daemon.metric("outbox_oldest_transaction_seconds");
+    let mut reader = db.client();
+    reader.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM outboxes").unwrap();
+    wait_until("the snapshot gets old", LIMIT, &[&daemon], || age() > 6.0);
+    reader.batch_execute("COMMIT").unwrap();
+    wait_until("it is gone", LIMIT, &[&daemon], || age() < 6.0);
+    assert!(daemon.metric("outbox_backlog_last_success_timestamp_seconds") > 0.0);
 }
