@@ -92,18 +92,19 @@ function drawChart(chart, samples, span) {
   chart.lines.forEach(([, column], line) => {
     const series = samples[column];
     if (line > 0 && !series.some((value) => value > 0)) return;
-    let path = "", area = "", begun = null;
-    const close = (n) => { if (begun !== null) area += `L${x(ages[n])} 100L${begun} 100Z`; begun = null; };
+    let path = "", area = "", begun = null, last = null;
+    const close = () => { if (begun !== null) area += `L${x(ages[last])} 100L${begun} 100Z`; begun = null; };
     series.forEach((value, n) => {
       if (!known(value)) return;
       const joined = n > 0 && known(series[n - 1]) && ages[n - 1] - ages[n] <= HOLE_SECONDS;
-      if (!joined && n > 0) close(n - 1);
+      if (!joined) close();
       const at = `${x(ages[n])} ${y(value)}`;
       path += (joined ? "L" : "M") + at + (joined ? "" : "h.1");
       area += (joined ? "L" : "M") + at;
       if (!joined) begun = x(ages[n]);
+      last = n;
     });
-    if (begun !== null) close(series.findLastIndex(known));
+    close();
     if (line === 0) nodes.push(draw("path", { class: "area", d: area }));
     nodes.push(draw("path", { class: line === 0 ? "" : chart.id === "rate" ? "refused" : "second", d: path }));
   });
