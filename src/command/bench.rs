@@ -161,7 +161,7 @@ pub fn run(options: &BenchOptions) -> Result<()> {
     let mut bench = Bench { scale, place, book, best_batch, curves, omitted, progress, stop };
     bench.measure(options)?;
     bench.progress.finish_and_clear();
-    let report = bench.report(options.here.is_none())?;
+    let report = bench.report(options)?;
     if let Some(path) = &options.plot {
         plot::write(&report, path)?;
     }
@@ -203,8 +203,7 @@ impl Bench {
 
     /// An error once somebody has asked us to stop.
     fn go_on(&self) -> Result<()> {
-        ensure!(!self.stop.load(Ordering::Relaxed), "interrupted: what the bench had made is removed");
-        Ok(())
+        go_on(&self.stop)
     }
 
     fn say(&self, round: usize, what: &str) {
@@ -361,12 +360,7 @@ impl Bench {
                 "FROM generate_series",
                 ", date_trunc('month', now()) - (n % 13) * interval '1 month' + interval '1 minute', now(), 1 FROM generate_series",
             );
-        let mut insert = outbox.session()?.into_insert(&events)?;
-        let (count, step) = (i64::try_from(self.scale.published)?, 100_000);
-        for first in (1..=count).step_by(step) {
-            self.go_on()?;
-            insert.insert(first, count.min(first + i64::try_from(step)? - 1))?;
-        }
+        drain::load(&self.stop, &outbox, &events, self.scale.published)?;
         session.run("VACUUM ANALYZE outboxes")?;
         Ok(outbox)
     }
@@ -397,17 +391,18 @@ impl Bench {
         Ok(())
     }
 
-    fn report(self, private: bool) -> Result<Report> {
+    fn report(self, options: &BenchOptions) -> Result<Report> {
         let mut session = self.place.session()?;
         let setting = Setting {
             machine: process::machine()?,
             postgres: session.text("SELECT split_part(current_setting('server_version'), ' ', 1)")?,
             nats: self.place.streams().version(),
-            servers: if private { "both on this machine" } else { "the configured servers" },
+            servers: if options.here.is_none() { "both on this machine" } else { "the configured servers" },
             events: self.scale.events,
             workers: self.scale.workers,
             best_batch: self.best_batch,
             rounds: self.scale.rounds,
+            quick: options.quick,
             sizes: [
                 ("{10k}", self.scale.growth[0]),
                 ("{100k}", self.scale.growth[1]),
@@ -418,6 +413,11 @@ impl Bench {
         };
         Ok(Report { setting, book: self.book, curves: self.curves, omitted: self.omitted })
     }
+}
+
+fn go_on(stop: &AtomicBool) -> Result<()> {
+    ensure!(!stop.load(Ordering::Relaxed), "interrupted: what the bench had made is removed");
+    Ok(())
 }
 
 /// Whether a nats-server of this version can take atomic batches.

@@ -4,10 +4,11 @@
 //! not count, and everything an event needs does. Afterwards the outbox and the stream are counted: a run that lost or
 //! doubled an event is an error, not a figure. CPU time is that of the whole run, the start included.
 
-use std::thread::sleep;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::place::{Dispatch, Outbox, Statements};
 use super::{Bench, process};
@@ -19,6 +20,9 @@ use crate::store::Plain;
 const LOOK: Duration = Duration::from_millis(20);
 /// Longest time without progress.
 const STALL_LIMIT: Duration = Duration::from_secs(120);
+/// Sessions that load events, and how many events each inserts at a time.
+const LOADERS: usize = 2;
+const LOAD_STEP: i64 = 10_000;
 /// Points of a curve at most, about.
 const CURVE_POINTS: u64 = 100;
 
@@ -97,10 +101,32 @@ pub(super) fn insert_sql(keys: Keys) -> String {
     )
 }
 
-/// Loads events 1 to `count`.
-pub(super) fn load(outbox: &Outbox, keys: Keys, count: u64) -> Result<()> {
+/// Loads events 1 to `count` by `sql`, which is as [`insert_sql`] makes it: in several sessions at the same time, as
+/// loading takes longer than draining.
+pub(super) fn load(stop: &AtomicBool, outbox: &Outbox, sql: &str, count: u64) -> Result<()> {
     let count = i64::try_from(count).context("so many events")?;
-    Ok(outbox.session()?.into_insert(&insert_sql(keys))?.insert(1, count)?)
+    let next = &AtomicI64::new(1);
+    let load_some = || -> Result<()> {
+        let mut insert = outbox.session()?.into_insert(sql)?;
+        loop {
+            super::go_on(stop)?;
+            let first = next.fetch_add(LOAD_STEP, Ordering::Relaxed);
+            if first > count {
+                return Ok(());
+            }
+            insert.insert(first, count.min(first + LOAD_STEP - 1))?;
+        }
+    };
+    thread::scope(|scope| {
+        let loaders: Vec<_> = (0..LOADERS).map(|_| scope.spawn(load_some)).collect();
+        for loader in loaders {
+            match loader.join() {
+                Ok(loaded) => loaded?,
+                Err(_) => bail!("a session that loads panicked"),
+            }
+        }
+        Ok(())
+    })
 }
 
 /// Makes the outbox empty, and what it costs to write to it the same as ever.
@@ -120,7 +146,7 @@ impl Drain {
     pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox) -> Result<Vec<Point>> {
         let mut session = outbox.session()?;
         let _held = self.hold(outbox)?;
-        load(outbox, self.keys, self.pending)?;
+        load(&bench.stop, outbox, &insert_sql(self.keys), self.pending)?;
         bench.place.fresh_stream(self.batches)?;
         let wal = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint";
         let counted = self.statements == Statements::Counted;

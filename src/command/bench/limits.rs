@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::drain::{Keys, load};
+use super::drain::{Keys, insert_sql, load};
 use super::place::Outbox;
 use super::{Bench, drain};
 use crate::config::{Database, PreparedStatements};
@@ -30,7 +30,7 @@ pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
     let scale = &bench.scale;
     let (events, keys, workers, batch) = (scale.events, scale.keys, scale.workers, bench.best_batch);
     drain::empty(&mut outbox.session()?)?;
-    load(outbox, Keys::Many(keys), events)?;
+    load(&bench.stop, outbox, &insert_sql(Keys::Many(keys)), events)?;
     let (took, events) = database_alone(outbox, workers, batch)?;
     ensure!(events.len() as u64 == bench.scale.events, "claims found {} events", events.len());
     bench.book.note("database.alone", events.len() as f64 / took.as_secs_f64());

@@ -27,6 +27,8 @@ pub(super) struct Setting {
     pub(super) best_batch: usize,
     /// Rounds.
     pub(super) rounds: usize,
+    /// Little of everything: the figures are rough.
+    pub(super) quick: bool,
     /// Events that `{10k}`, `{100k}`, `{1m}` and `{5m}` stand for, pending, and `{published}`.
     pub(super) sizes: [(&'static str, u64); 5],
 }
@@ -88,7 +90,7 @@ impl Report {
 
     /// As tables in Markdown, which a terminal shows as well.
     pub(super) fn table(&self) -> String {
-        let Setting { machine, postgres, nats, servers, events, workers, best_batch, rounds, .. } =
+        let Setting { machine, postgres, nats, servers, events, workers, best_batch, rounds, quick, .. } =
             &self.setting;
         let mut text = format!(
             "{machine}; PostgreSQL {postgres}, nats-server {nats}, {servers}\n\
@@ -96,6 +98,9 @@ impl Report {
              median (lowest to highest)\n\n",
             thousands(*events)
         );
+        if *quick {
+            text += "a quick run: the figures are rough, and the goals are those of a whole run\n\n";
+        }
         let figures: Vec<[String; 4]> = self
             .figures()
             .map(|figure| {
@@ -206,6 +211,7 @@ mod tests {
             workers: 2,
             best_batch: 500,
             rounds: 2,
+            quick: true,
             sizes: [("{10k}", 1), ("{100k}", 2), ("{1m}", 3_000), ("{5m}", 4), ("{published}", 5)],
         };
         Report { setting, book, curves: vec![("c".into(), vec![(0.5, 10.0)])], omitted: vec!["x: y".into()] }
@@ -221,6 +227,7 @@ mod tests {
         let goal = line("| drain, 1,000 keys, best batch / publishing alone");
         assert!(goal.contains("at least 0.45 | 0.53 (0.50 to 0.55) | reached"), "{goal}");
         assert!(!table.contains("idle"), "{table}");
+        assert!(line("a quick run").contains("rough"));
         assert!(table.ends_with("not measured: x: y\n"));
     }
 
