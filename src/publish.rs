@@ -337,31 +337,40 @@ impl<'a> Flight<'a> {
             && !self.budget.is_past()
     }
 
+    /// Sends what is ready, in as few pieces as can be.
     fn send_ready(&mut self) {
-        while self.events_in_flight < self.window && self.may_send() {
-            let Some(index) = self.order.next_ready() else { return };
-            if self.is_published(index) {
-                continue;
-            }
-            let run = self.batch_from(index);
-            let deadline = Instant::now() + self.publish.ack_timeout;
-            let sent = if run.is_batch() {
-                self.send_batch(&run, deadline)
-            } else {
-                self.send_event(index, deadline)
-            };
-            match sent {
-                Ok(Some(token)) => {
-                    self.events_in_flight += run.events.len();
-                    self.in_flight.insert(token, run);
-                    failpoint!("publish.sent");
-                    self.waits.push_back((deadline, token));
-                }
-                Ok(None) => {}
-                Err(NotSent::Stuck) => self.outage = Some("the server takes nothing from us".into()),
-                Err(NotSent::Down(cause)) => self.outage = Some(cause),
+        let before = self.waits.len();
+        let mut result = Ok(());
+        while self.events_in_flight < self.window && self.may_send() && result.is_ok() {
+            let Some(index) = self.order.next_ready() else { break };
+            if !self.is_published(index) {
+                result = self.send_from(index);
             }
         }
+        let deadline = Instant::now() + self.publish.ack_timeout;
+        match result.and_then(|()| self.session.hand_over(deadline)) {
+            Ok(()) => {
+                for _ in before..self.waits.len() {
+                    failpoint!("publish.sent");
+                }
+            }
+            Err(NotSent::Stuck) => self.outage = Some("the server takes nothing from us".into()),
+            Err(NotSent::Down(cause)) => self.outage = Some(cause),
+        }
+    }
+
+    /// Publishes an event, or the batch that begins with it.
+    fn send_from(&mut self, index: usize) -> Result<(), NotSent> {
+        let run = self.batch_from(index);
+        let deadline = Instant::now() + self.publish.ack_timeout;
+        let sent =
+            if run.is_batch() { self.send_batch(&run, deadline) } else { self.send_event(index, deadline) };
+        if let Some(token) = sent? {
+            self.events_in_flight += run.events.len();
+            self.in_flight.insert(token, run);
+            self.waits.push_back((deadline, token));
+        }
+        Ok(())
     }
 
     /// True for an event that an earlier claim published and could not settle: nothing is left to do but that.

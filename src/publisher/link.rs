@@ -30,8 +30,11 @@ use crate::boottime::Boottime;
 use crate::config;
 use crate::event::Event;
 
-/// Messages waiting for a link's writer. Each is only a reference to an event that a claim holds anyway.
-const OUTGOING_MAX: usize = 1024;
+/// Messages that a session hands to the writer at once, at most. Handed over one by one, each may wake the writer, which
+/// then flushes what is a few messages at a time.
+pub(super) const CHUNK_MESSAGES: usize = 64;
+/// Chunks waiting for a link's writer. Each message is only a reference to an event that a claim holds anyway.
+const CHUNKS_MAX: usize = 16;
 /// The writer flushes at the latest after so many bytes.
 const FLUSH_BYTES: usize = 256 * 1024;
 /// Answers one slot may have waiting; a server that sends more than was asked for loses the rest.
@@ -46,7 +49,7 @@ pub(super) struct Link {
     pub(super) id: u64,
     pub(super) server: String,
     pub(super) inbox: String,
-    pub(super) outgoing: Sender<Written>,
+    pub(super) outgoing: Sender<Vec<Written>>,
     pub(super) inboxes: Vec<Receiver<Inbound>>,
     pub(super) denials: Vec<Receiver<String>>,
     pub(super) down: Arc<Down>,
@@ -126,7 +129,7 @@ impl Down {
 
 /// Publishes and flushes for one link; the only thread that does.
 struct Writer {
-    outgoing: Receiver<Written>,
+    outgoing: Receiver<Vec<Written>>,
     down: Arc<Down>,
     max_payload: Arc<AtomicUsize>,
     /// Dropped before the connection: dropping unsubscribes.
@@ -147,23 +150,34 @@ impl Writer {
     fn write(&self) -> std::io::Result<()> {
         loop {
             let mut next = select! {
-                recv(self.outgoing) -> message => match message {
-                    Ok(message) => Some(message),
+                recv(self.outgoing) -> chunk => match chunk {
+                    Ok(chunk) => Some(chunk),
                     Err(_) => return Ok(()),
                 },
                 recv(self.down.ended) -> _ => return Ok(()),
             };
             let mut unflushed = 0;
-            while let Some(message) = next {
-                if self.down.is_set() {
-                    return Ok(());
+            while let Some(chunk) = next {
+                for message in &chunk {
+                    if self.down.is_set() {
+                        return Ok(());
+                    }
+                    unflushed += self.publish(message)?;
+                    if unflushed >= FLUSH_BYTES {
+                        self.flush()?;
+                        unflushed = 0;
+                    }
                 }
-                unflushed += self.publish(&message)?;
-                next = if unflushed < FLUSH_BYTES { self.outgoing.try_recv().ok() } else { None };
+                next = self.outgoing.try_recv().ok();
             }
-            self.connection.flush()?;
-            self.max_payload.store(self.connection.max_payload(), Ordering::Relaxed);
+            self.flush()?;
         }
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        self.connection.flush()?;
+        self.max_payload.store(self.connection.max_payload(), Ordering::Relaxed);
+        Ok(())
     }
 
     /// The crate keeps headers in a hash map and writes them in its order. The order matters: nats-server 2.9
@@ -217,7 +231,7 @@ impl Dial {
             subscriptions.push(subscription);
         }
         let max_payload = Arc::new(AtomicUsize::new(connection.max_payload()));
-        let (outgoing, to_write) = bounded(OUTGOING_MAX);
+        let (outgoing, to_write) = bounded(CHUNKS_MAX);
         let writer = Writer {
             outgoing: to_write,
             down: down.clone(),

@@ -1,15 +1,18 @@
 //! A session: one slot's use of one link, for the length of a claim or a probe.
 //!
-//! It hands messages to the link's writer and hears what comes back, always with a deadline. Acks that arrive for a
-//! claim long settled carry a token that nobody waits for; the one who hears them drops them.
+//! It hands messages to the link's writer, in chunks, and hears what comes back, always with a deadline. What is
+//! published waits in the session until a chunk is full or [`Session::hand_over`] is called: whoever waits for an answer
+//! calls that first. Acks that arrive for a claim long settled carry a token that nobody waits for; the one who hears
+//! them drops them.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crossbeam_channel::{TrySendError, select};
+use crossbeam_channel::{Select, TrySendError, select};
 
-use super::link::{Body, Inbound, Link, NotAfter, Written};
+use super::link::{Body, CHUNK_MESSAGES, Inbound, Link, NotAfter, Written};
 use crate::answer::{self, Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::config;
@@ -74,6 +77,8 @@ pub struct Session {
     link: Arc<Link>,
     slot: usize,
     jetstream: config::JetStream,
+    /// Published, and not yet handed to the writer.
+    chunk: RefCell<Vec<Written>>,
     /// Set by the writer when it came to a message of this session too late.
     dropped: Arc<AtomicBool>,
 }
@@ -88,7 +93,7 @@ impl Session {
         // The server names no message in a denial, so every slot is told of every one. What was denied before
         // this session sent anything says nothing of what it will send: the permission may be there by now.
         while link.denials[slot].try_recv().is_ok() {}
-        Session { link, slot, jetstream, dropped: Arc::default() }
+        Session { link, slot, jetstream, chunk: RefCell::default(), dropped: Arc::default() }
     }
 
     /// Takes the link down: nobody uses it any more.
@@ -101,7 +106,7 @@ impl Session {
         &self.link.server
     }
 
-    /// Hands an event to the writer and returns the token that its answer will carry.
+    /// Publishes an event with the next chunk and returns the token that its answer will carry.
     ///
     /// The writer drops a message that it comes to after `not_after`, as after a pause of this process: somebody
     /// else may have taken the event over by then. Its answer then never comes. In core NATS no answer comes
@@ -114,14 +119,14 @@ impl Session {
         let reply = self.jetstream.enabled.then(|| self.reply(PUBLISH, token));
         let not_after = self.jetstream.enabled.then(|| self.not_after(not_after));
         let Outgoing { subject, headers, event } = message;
-        self.hand_over(
+        self.add(
             Written { subject, reply, headers: Some(headers), body: Body::Event(event), not_after },
             deadline,
         )?;
         Ok(token)
     }
 
-    /// Hands a message of an atomic batch to the writer that is not its last: it has no answer of its own.
+    /// Publishes a message of an atomic batch that is not its last: it has no answer of its own.
     ///
     /// # Errors
     /// See [`NotSent`].
@@ -134,7 +139,7 @@ impl Session {
         let Outgoing { subject, headers, event } = message;
         let (headers, body) = (Some(headers), Body::Event(event));
         let not_after = Some(self.not_after(not_after));
-        self.hand_over(Written { subject, reply: None, headers, body, not_after }, deadline)
+        self.add(Written { subject, reply: None, headers, body, not_after }, deadline)
     }
 
     /// Sends a message to our own inbox; it comes back as [`Heard::Echo`] after the server has processed
@@ -145,35 +150,76 @@ impl Session {
     pub fn echo(&self, deadline: Instant) -> Result<u64, NotSent> {
         let token = self.token();
         let subject = self.reply(ECHO, token);
-        self.hand_over(
+        self.add(
             Written { subject, reply: None, headers: None, body: Body::Bytes(Vec::new()), not_after: None },
             deadline,
         )?;
+        self.hand_over(deadline)?;
         Ok(token)
+    }
+
+    /// Hands what is published to the writer.
+    ///
+    /// # Errors
+    /// See [`NotSent`].
+    pub fn hand_over(&self, deadline: Instant) -> Result<(), NotSent> {
+        let link = &self.link;
+        let chunk = self.chunk.take();
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        // The common case without a look at the clock.
+        let chunk = match link.outgoing.try_send(chunk) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Full(chunk) | TrySendError::Disconnected(chunk)) => chunk,
+        };
+        let down = || NotSent::Down(link.down.cause().unwrap_or_else(|| "connection lost".into()));
+        select! {
+            send(link.outgoing, chunk) -> sent => sent.map_err(|_| down()),
+            recv(link.down.ended) -> _ => Err(down()),
+            default(deadline.saturating_duration_since(Instant::now())) => Err(NotSent::Stuck),
+        }
     }
 
     /// Waits for the next answer, until `deadline`.
     pub fn hear(&self, deadline: Instant) -> Heard {
-        let link = &self.link;
         loop {
-            let heard = select! {
-                recv(link.inboxes[self.slot]) -> message => match message {
-                    Ok(message) => self.read(&message),
-                    Err(_) => None,
-                },
-                recv(link.denials[self.slot]) -> subject => subject.ok().map(Heard::Denied),
-                recv(link.down.ended) -> _ => {
-                    Some(Heard::Down(link.down.cause().unwrap_or_else(|| "connection lost".into())))
-                }
-                default(deadline.saturating_duration_since(Instant::now())) => Some(Heard::Silence),
+            // An answer is there more often than not, and costs little to take where nobody has to wait for it.
+            let heard = match self.link.inboxes[self.slot].try_recv() {
+                Ok(message) => self.read(&message),
+                Err(_) => self.wait(deadline),
             };
-            if let Some(heard) = heard {
+            match heard {
                 // An echo may have come back over a connection that the crate has made underneath, after this
                 // link lost its own: that proves nothing, and the link is marked down before such a connection.
-                return match (heard, link.down.cause()) {
-                    (Heard::Echo(_), Some(cause)) => Heard::Down(cause),
-                    (heard, _) => heard,
-                };
+                Some(Heard::Echo(token)) => {
+                    return self.link.down.cause().map_or(Heard::Echo(token), Heard::Down);
+                }
+                Some(heard) => return heard,
+                None => {}
+            }
+        }
+    }
+
+    /// The next thing that comes; `None` for what means nothing. Does not wait at all once the deadline has passed.
+    fn wait(&self, deadline: Instant) -> Option<Heard> {
+        let link = &self.link;
+        let (answers, denials, ended) =
+            (&link.inboxes[self.slot], &link.denials[self.slot], &link.down.ended);
+        let mut select = Select::new();
+        let (answer, denial) = (select.recv(answers), select.recv(denials));
+        select.recv(ended);
+        let wait = deadline.saturating_duration_since(Instant::now());
+        let happened =
+            if wait.is_zero() { select.try_select().ok() } else { select.select_timeout(wait).ok() };
+        let Some(happened) = happened else { return Some(Heard::Silence) };
+        match happened.index() {
+            index if index == answer => happened.recv(answers).ok().and_then(|message| self.read(&message)),
+            index if index == denial => happened.recv(denials).ok().map(Heard::Denied),
+            _ => {
+                // It only ever ends.
+                let _ = happened.recv(ended);
+                Some(Heard::Down(link.down.cause().unwrap_or_else(|| "connection lost".into())))
             }
         }
     }
@@ -241,7 +287,7 @@ impl Session {
                 body: Body::Bytes(body),
                 not_after: None,
             };
-            self.hand_over(question, deadline).map_err(not_sent)?;
+            self.add(question, deadline).map_err(not_sent)?;
             asked = Some(token);
         } else {
             facts = Some(Ok(StreamFacts::default()));
@@ -295,19 +341,13 @@ impl Session {
         format!("{}.{}.{kind}{token}", self.link.inbox, self.slot)
     }
 
-    fn hand_over(&self, message: Written, deadline: Instant) -> Result<(), NotSent> {
-        let link = &self.link;
-        // The common case without a look at the clock.
-        let message = match link.outgoing.try_send(message) {
-            Ok(()) => return Ok(()),
-            Err(TrySendError::Full(message) | TrySendError::Disconnected(message)) => message,
-        };
-        let down = || NotSent::Down(link.down.cause().unwrap_or_else(|| "connection lost".into()));
-        select! {
-            send(link.outgoing, message) -> sent => sent.map_err(|_| down()),
-            recv(link.down.ended) -> _ => Err(down()),
-            default(deadline.saturating_duration_since(Instant::now())) => Err(NotSent::Stuck),
-        }
+    /// Adds a message to the chunk, and hands it over once it is full.
+    fn add(&self, message: Written, deadline: Instant) -> Result<(), NotSent> {
+        let mut chunk = self.chunk.borrow_mut();
+        chunk.push(message);
+        let is_full = chunk.len() >= CHUNK_MESSAGES;
+        drop(chunk);
+        if is_full { self.hand_over(deadline) } else { Ok(()) }
     }
 
     /// Makes sense of a message to our inbox; `None` for one that we cannot have asked for.
