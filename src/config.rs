@@ -23,6 +23,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::tls::{Check, Roots, Tls};
 use crate::topic_map::TopicMap;
 pub use changes::Changes;
 use reading::{Reading, Section};
@@ -264,6 +265,11 @@ pub struct Nats {
     pub servers: Vec<String>,
     /// Credentials, from the URL's userinfo or their own keys.
     pub auth: NatsAuth,
+    /// `tls`: whose certificates count, and our own. With any of it, and with `tls://`, TLS is a must; else it is
+    /// used with servers that insist. Default: the system's CA certificates, none of our own.
+    pub tls: NatsTls,
+    /// First tokens of the subjects on which answers come to us. Default _INBOX.
+    pub inbox_prefix: String,
     /// Connection attempts at start, 1 to 1,000,000, then exit 1. Once up, it reconnects for ever. Default 5.
     pub max_retries: u32,
     /// Wait between them, 10ms to 1h. Default 2s.
@@ -289,8 +295,37 @@ pub enum NatsAuth {
     UserPassword(String, Secret),
     /// Token.
     Token(Secret),
+    /// A file with the seed of an nkey.
+    NkeyFile(PathBuf),
     /// A `.creds` file (JWT and nkey seed).
     CredentialsFile(PathBuf),
+}
+
+/// TLS to NATS; files in PEM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NatsTls {
+    /// CA certificates that a server's must lead to. Default: the system's.
+    pub ca: Option<PathBuf>,
+    /// Our certificate, for servers that ask; only together with its key.
+    pub cert: Option<PathBuf>,
+    /// Its key.
+    pub key: Option<PathBuf>,
+}
+
+impl NatsTls {
+    /// Whether anything of it is written.
+    pub fn is_given(&self) -> bool {
+        *self != NatsTls::default()
+    }
+
+    /// What is asked of a server: always a valid certificate for its name.
+    pub fn meaning(&self) -> Tls {
+        Tls {
+            check: Check::ChainAndName,
+            roots: self.ca.clone().map_or(Roots::System, Roots::File),
+            identity: self.cert.clone().zip(self.key.clone()),
+        }
+    }
 }
 
 /// The stream, and how to create it. What follows `create` has no effect without `create`.
@@ -479,9 +514,10 @@ fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
 }
 
 fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
-    use values::{allowed_headers, count, duration, file, nats_urls, secret, topics, user};
+    use values::{allowed_headers, count, duration, file, inbox_prefix, nats_urls, secret, topics, user};
     let section = reading.section(root, "nats");
     let jetstream = jetstream(reading, &section);
+    let tls = nats_tls(reading, &section);
     let mut value = Keys { reading, section: &section };
     let localhost = NatsUrls { servers: vec!["nats://localhost:4222".to_owned()], login: None };
     let urls = value.secret("url", localhost, nats_urls);
@@ -490,10 +526,13 @@ fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
         user: value.secret("user", None, user),
         password: value.secret("password", None, secret),
         token: value.secret("token", None, secret),
+        nkey_file: value.path("nkey_file", file),
         credentials_file: value.path("credentials_file", file),
     };
     Nats {
         servers: urls.servers,
+        tls,
+        inbox_prefix: value.of("inbox_prefix", "_INBOX".to_owned(), inbox_prefix),
         max_retries: value.of("max_retries", 5, count(1..=1_000_000)),
         retry_delay: value.of("retry_delay", 2 * SECOND, duration(up_to(HOUR))),
         connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
@@ -503,6 +542,19 @@ fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
         auth: logins.choose(reading),
         jetstream,
     }
+}
+
+fn nats_tls(reading: &mut Reading<'_>, nats: &Section<'_>) -> NatsTls {
+    use values::file;
+    let section = reading.section(nats, "tls");
+    let mut value = Keys { reading, section: &section };
+    let tls =
+        NatsTls { ca: value.path("ca", file), cert: value.path("cert", file), key: value.path("key", file) };
+    if tls.cert.is_some() != tls.key.is_some() {
+        let text = "nats.tls.cert and nats.tls.key go together; one of them is missing";
+        reading.clash(&["nats.tls.cert", "nats.tls.key"], text.to_owned());
+    }
+    tls
 }
 
 fn jetstream(reading: &mut Reading<'_>, nats: &Section<'_>) -> JetStream {
@@ -601,6 +653,7 @@ struct Logins {
     user: Option<String>,
     password: Option<Secret>,
     token: Option<Secret>,
+    nkey_file: Option<PathBuf>,
     credentials_file: Option<PathBuf>,
 }
 
@@ -609,12 +662,14 @@ impl Logins {
         let ways = [
             (self.in_url.is_some(), "nats.url"),
             (self.token.is_some(), "nats.token"),
+            (self.nkey_file.is_some(), "nats.nkey_file"),
             (self.credentials_file.is_some(), "nats.credentials_file"),
             (self.user.is_some() || self.password.is_some(), "nats.user and nats.password"),
         ];
         let given: Vec<&str> = ways.iter().filter(|(given, _)| *given).map(|(_, key)| *key).collect();
         if given.len() > 1 {
-            let keys = ["nats.token", "nats.credentials_file", "nats.password", "nats.user"];
+            let keys =
+                ["nats.token", "nats.nkey_file", "nats.credentials_file", "nats.password", "nats.user"];
             reading.clash(&keys, format!("more than one way to log in ({}); keep one", given.join(", ")));
             return NatsAuth::None;
         }
@@ -625,6 +680,7 @@ impl Logins {
             Logins { in_url: Some(Login::Token(token)), .. } | Logins { token: Some(token), .. } => {
                 NatsAuth::Token(token)
             }
+            Logins { nkey_file: Some(path), .. } => NatsAuth::NkeyFile(path),
             Logins { credentials_file: Some(path), .. } => NatsAuth::CredentialsFile(path),
             Logins { user: Some(user), password: Some(password), .. } => {
                 NatsAuth::UserPassword(user, password)

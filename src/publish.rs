@@ -190,7 +190,7 @@ impl Publish {
             return hopeless(format!("subject {subject:?} cannot be published to: {reason}"));
         }
         // $JS, $SYS and the like command the server; an inbox is somebody's, perhaps our own.
-        if subject.starts_with('$') || subject.starts_with("_INBOX.") {
+        if subject.starts_with('$') || subject.starts_with("_INBOX.") || self.publisher.is_inbox(&subject) {
             return hopeless(format!(
                 "subject {subject:?} is reserved for NATS itself: map the topic elsewhere"
             ));

@@ -4,12 +4,15 @@
 //! `outage.rs`) that an outage closes. Workers publish through a [`Session`] on the present link; the [`Keeper`]
 //! thread makes links, probes them, and opens the gate again.
 
+mod greeting;
 mod keeper;
 mod link;
+mod login;
 pub mod raw;
 pub mod reader;
 mod session;
 pub mod streams;
+mod tunnel;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,6 +49,8 @@ struct Shared {
     gate_opened: (Sender<()>, Receiver<()>),
     links: AtomicU64,
     hanging_dials: Arc<AtomicUsize>,
+    /// The warning about a password in clear was given.
+    warned: AtomicBool,
     /// Events were stored since the keeper last looked: the link needs no check.
     busy: AtomicBool,
 }
@@ -83,6 +88,7 @@ impl Publisher {
             gate_opened: bounded(1),
             links: AtomicU64::new(0),
             hanging_dials: Arc::new(AtomicUsize::new(0)),
+            warned: AtomicBool::new(false),
             busy: AtomicBool::new(false),
         }));
         (publisher.clone(), Keeper::new(publisher))
@@ -160,6 +166,12 @@ impl Publisher {
     pub fn max_payload(&self) -> usize {
         let link = self.state().link.clone();
         link.map_or(usize::MAX, |link| link.max_payload.load(Ordering::Relaxed))
+    }
+
+    /// Whether messages with this subject come to us.
+    pub fn is_inbox(&self, subject: &str) -> bool {
+        let below = subject.strip_prefix(self.0.settings.inbox_prefix.as_str());
+        below.is_some_and(|below| below.is_empty() || below.starts_with('.'))
     }
 
     /// The limits of the stream as last heard; `None` in core NATS or before the first answer.

@@ -7,6 +7,8 @@
 
 use std::fmt;
 use std::fs;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +19,7 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 /// How TLS is wanted towards one server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,6 +111,93 @@ impl Roots {
     }
 }
 
+/// A TLS client over a socket that somebody else owns.
+pub struct Session(ClientConnection);
+
+impl Session {
+    /// A session with a server whose certificate is to be for `name`, a host name or an address.
+    ///
+    /// # Errors
+    /// As [`Tls::client`], or the name is none.
+    pub fn new(tls: &Tls, name: &str) -> Result<Session, String> {
+        let config = Arc::new(tls.client()?);
+        let name = ServerName::try_from(name.to_owned()).map_err(|error| format!("{name}: {error}"))?;
+        let mut session = ClientConnection::new(config, name).map_err(|error| error.to_string())?;
+        // Written to only when nothing waits: what waits is what was written last.
+        session.set_buffer_limit(None);
+        Ok(Session(session))
+    }
+
+    /// Whether the handshake is not over yet.
+    pub fn is_shaking_hands(&self) -> bool {
+        self.0.is_handshaking()
+    }
+
+    /// Version and cipher, `TLSv1_3 TLS13_AES_128_GCM_SHA256`, once the handshake is over.
+    pub fn described(&self) -> String {
+        let version = self.0.protocol_version().map(|version| format!("{version:?}"));
+        let suite = self.0.negotiated_cipher_suite().map(|suite| format!("{:?}", suite.suite()));
+        [version, suite].into_iter().flatten().collect::<Vec<_>>().join(" ")
+    }
+
+    /// Takes plain bytes that are to be sent.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.writer().write_all(bytes)
+    }
+
+    /// Whether there is something to send.
+    pub fn wants_write(&self) -> bool {
+        self.0.wants_write()
+    }
+
+    /// Sends what the socket, which does not block, takes.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn push(&mut self, socket: &mut TcpStream) -> io::Result<()> {
+        while self.0.wants_write() {
+            match self.0.write_tls(socket) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds to `plain` what has come over the socket, which does not block. False: the other end will say no more.
+    ///
+    /// # Errors
+    /// What came is no TLS, or an alert; or the socket's.
+    pub fn take(&mut self, socket: &mut TcpStream, plain: &mut Vec<u8>) -> io::Result<bool> {
+        let read = match self.0.read_tls(socket) {
+            Ok(read) => read,
+            Err(error) if [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()) => {
+                return Ok(true);
+            }
+            Err(error) => return Err(error),
+        };
+        let processed = self.0.process_new_packets();
+        let mut chunk = [0; 16 * 1024];
+        // What came before an alert counts.
+        while let Ok(bytes @ 1..) = self.0.reader().read(&mut chunk) {
+            plain.extend_from_slice(&chunk[..bytes]);
+        }
+        let state = processed.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok(read > 0 && !state.peer_has_closed())
+    }
+
+    /// Tells the other end that we say no more.
+    pub fn say_goodbye(&mut self) {
+        self.0.send_close_notify();
+    }
+}
+
 /// All certificates of a file in PEM; at least one.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let found = CertificateDer::pem_file_iter(path)
@@ -151,7 +240,7 @@ fn unreadable(path: &Path, error: &pem::Error) -> String {
 pub fn is_failure_of_tls(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
-        let within = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        let within = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
         if error.is::<rustls::Error>()
             || within.is_some_and(<dyn std::error::Error + Send + Sync>::is::<rustls::Error>)
         {

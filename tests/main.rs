@@ -21,6 +21,7 @@ mod harness_test;
 mod hostile;
 mod http;
 mod monitoring;
+mod nats_tls;
 mod outages;
 mod package;
 mod page;

@@ -5,7 +5,7 @@
 //! patterns below have no `..`, so a new field does not compile until somebody has decided where it belongs.
 
 use super::{
-    Config, Database, Dispatcher, DsnParts, JetStream, Logging, Metrics, Nats, Ordering, Partitions,
+    Config, Database, Dispatcher, DsnParts, JetStream, Logging, Metrics, Nats, NatsTls, Ordering, Partitions,
 };
 
 /// What a reload found, as names of keys in the order of the file.
@@ -57,8 +57,9 @@ impl Config {
         compare!(changes, nats, &new.nats, Nats, "nats",
             live { allow_headers, topic_map }
             fixed { servers as "nats.url", auth as "nats credentials", max_retries, retry_delay, connect_timeout,
-                    ack_timeout }
-            nested { jetstream });
+                    ack_timeout, inbox_prefix }
+            nested { jetstream, tls });
+        compare!(changes, nats.tls, &new.nats.tls, NatsTls, "nats.tls", live {} fixed { ca, cert, key } nested {});
         compare!(changes, nats.jetstream, &new.nats.jetstream, JetStream, "nats.jetstream",
             live {}
             fixed { enabled, atomic_batches, stream_name, create, subjects, storage, replicas, duplicate_window }

@@ -167,6 +167,8 @@ nats:
   connect_timeout: 3s
   ack_timeout: 4s
   allow_headers: Nats-TTL
+  inbox_prefix: _INBOX.outbox
+  tls: { ca: /ca, cert: /cert, key: /key }
   jetstream:
     enabled: false
     stream_name: OTHER_1
@@ -204,6 +206,9 @@ fn every_key_has_its_effect() {
     assert!(
         matches!(nats.auth, NatsAuth::UserPassword(user, password) if user == "me" && password.expose() == "123")
     );
+    assert_eq!(nats.inbox_prefix, "_INBOX.outbox");
+    let file = |path: &str| Some(path.into());
+    assert_eq!(nats.tls, NatsTls { ca: file("/ca"), cert: file("/cert"), key: file("/key") });
     assert_eq!((nats.max_retries, nats.retry_delay), (9, ms(10)));
     assert_eq!((nats.connect_timeout, nats.ack_timeout), (ms(3_000), ms(4_000)));
     assert_eq!(nats.allow_headers, ["Nats-TTL"]);
@@ -246,7 +251,7 @@ fn every_key_changes_live_or_takes_a_restart() {
 
     let mut reading = Reading::new(&|_| None);
     Config::read(&mut reading, &yaml::parse(EVERY_KEY).unwrap());
-    let credentials = ["nats.user", "nats.password", "nats.token", "nats.credentials_file"];
+    let credentials = ["nats.user", "nats.password", "nats.token", "nats.nkey_file", "nats.credentials_file"];
     let mut known: BTreeSet<String> = reading.known_keys().into_iter().collect();
     known.retain(|key| !credentials.contains(&key.as_str()));
     known.insert("nats credentials".to_owned());
@@ -297,6 +302,7 @@ fn the_ways_to_log_in_to_nats() {
     assert!(
         matches!(auth("credentials_file: /x").auth, NatsAuth::CredentialsFile(path) if path == Path::new("/x"))
     );
+    assert!(matches!(auth("nkey_file: /x").auth, NatsAuth::NkeyFile(path) if path == Path::new("/x")));
 }
 
 #[test]
@@ -491,6 +497,22 @@ fn a_broken_value_is_named_with_its_line_and_what_is_allowed() {
         (
             "nats: { user: u, password: hunter2, token: hunter2 }",
             "44: nats.token: more than one way to log in (nats.token, nats.user and nats.password); keep one",
+        ),
+        (
+            "nats: { nkey_file: /x, credentials_file: /x }",
+            "20: nats.nkey_file: more than one way to log in (nats.nkey_file, nats.credentials_file); keep one",
+        ),
+        (
+            "nats: { tls: { cert: /x } }",
+            "22: nats.tls.cert: nats.tls.cert and nats.tls.key go together; one of them is missing",
+        ),
+        (
+            "nats: { inbox_prefix: '_INBOX.>' }",
+            "23: nats.inbox_prefix: \"_INBOX.>\" is not a subject: it has a wildcard; allowed: such as _INBOX_outbox",
+        ),
+        (
+            "nats: { inbox_prefix: $SYS }",
+            "23: nats.inbox_prefix: \"$SYS\" begins with what is NATS's own; allowed: such as _INBOX_outbox",
         ),
         (
             "nats: { url: 'nats://hunter2@h', token: hunter2 }",

@@ -323,6 +323,18 @@ pub(super) fn stream_name(node: &Node) -> Result<String, String> {
     Ok(name.to_owned())
 }
 
+/// The first tokens of our inboxes.
+pub(super) fn inbox_prefix(node: &Node) -> Result<String, String> {
+    let prefix = text(node)?;
+    match topic_map::is_literal_subject(prefix) {
+        Ok(()) if !prefix.starts_with('$') => Ok(prefix.to_owned()),
+        Ok(()) => {
+            Err(format!("{} begins with what is NATS's own; allowed: such as _INBOX_outbox", shown(node)))
+        }
+        Err(why) => Err(format!("{} is not a subject: {why}; allowed: such as _INBOX_outbox", shown(node))),
+    }
+}
+
 /// A list of subjects, or one alone.
 pub(super) fn subjects(node: &Node) -> Result<Vec<String>, Faults> {
     checked_texts(node, |subject| {

@@ -4,8 +4,9 @@
 //! seconds, so that `/ready` tells the truth also when nothing is sent. At the start it tries `nats.max_retries`
 //! times and then gives up, which ends the service; later it never gives up.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -14,8 +15,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, bounded, never, select};
 
-use super::link::{Dial, Link, cluster, greet};
+use super::greeting::{self, greet};
+use super::link::{Dial, Link, Way, cluster};
+use super::login::Login;
 use super::session::{ProbeFailure, Session};
+use super::tunnel::Plan;
 use super::{Publisher, Shared, seconds};
 use crate::answer::{self, StreamFacts};
 use crate::health::Part;
@@ -43,7 +47,8 @@ const HANGING_DIALS_MAX: usize = 16;
 pub struct Keeper {
     publisher: Publisher,
     /// Every server we know: the configured ones, and those that the cluster told us of.
-    servers: BTreeSet<String>,
+    /// Beside each, the name that its certificate must be for.
+    servers: BTreeMap<String, String>,
     /// Which server is dialled next.
     turn: usize,
     /// What did not fit when the stream was last looked at.
@@ -62,7 +67,8 @@ pub struct Survey {
 
 impl Keeper {
     pub(super) fn new(publisher: Publisher) -> Keeper {
-        let servers = publisher.0.settings.servers.iter().cloned().collect();
+        let configured = publisher.0.settings.servers.iter();
+        let servers = configured.map(|url| (url.clone(), host(url).to_owned())).collect();
         // Instances that start together do not all go to the same server.
         Keeper { publisher, servers, turn: fastrand::usize(..1024), found: Vec::new() }
     }
@@ -281,32 +287,49 @@ impl Keeper {
 
     /// Connects to the next known server and makes the result the present link.
     fn dial_next(&mut self) -> Result<()> {
-        let server = self
+        let (server, name) = self
             .servers
             .iter()
             .nth(self.turn % self.servers.len())
-            .cloned()
+            .map(|(server, name)| (server.clone(), name.clone()))
             .context("nats.url names no server")?;
         self.turn += 1;
-        let link = self.dial_server(&server).with_context(|| format!("connect to nats at {server}"))?;
-        self.meet(&link)?;
+        let link =
+            self.dial_server(&server, &name).with_context(|| format!("connect to nats at {server}"))?;
+        self.meet(&link, &name)?;
         log::info!("connected: nats={} link={}", link.server, link.id);
         self.shared().metrics.nats_connected();
         self.publisher.state().link = Some(link);
         Ok(())
     }
 
-    /// Dials on a thread of its own, which may hang for as long as it likes.
-    fn dial_server(&self, server: &str) -> Result<Arc<Link>> {
+    /// Dials on a thread of its own, which may hang for as long as it likes. Over TLS, the certificate must be for
+    /// `name`.
+    fn dial_server(&self, server: &str, name: &str) -> Result<Arc<Link>> {
         let shared = &self.publisher.0;
         let timeout = shared.settings.connect_timeout;
-        greet(server, timeout)?;
+        let login = Login::read(&shared.settings.auth)?;
+        let greeting = greet(server, timeout)?;
+        let tls_wanted = server.starts_with("tls://") || shared.settings.tls.is_given();
+        let wanted = if tls_wanted { greeting::Way::Tls } else { greeting::Way::Clear };
+        let way = match greeting.way(wanted)? {
+            greeting::Way::Tls => Way::Tunnel(
+                greeting,
+                Plan { tls: shared.settings.tls.meaning(), name: name.to_owned(), timeout },
+            ),
+            greeting::Way::Clear => {
+                self.warn_of_clear(server, &login);
+                Way::Clear
+            }
+        };
         let dial = Dial {
             server: server.to_string(),
+            way,
             id: shared.links.fetch_add(1, Ordering::Relaxed),
             slots: shared.slots,
-            auth: shared.settings.auth.clone(),
+            login,
             name: format!("pg-outbox/{}", shared.instance),
+            inbox_prefix: shared.settings.inbox_prefix.clone(),
         };
         let hanging = shared.hanging_dials.clone();
         let (done, result) = bounded(1);
@@ -320,8 +343,21 @@ impl Keeper {
         result.recv_timeout(timeout).map_err(|_| anyhow!("no answer within {}", seconds(timeout)))?
     }
 
-    /// The first exchange over a new link: it must echo, and it tells which other servers there are.
-    fn meet(&mut self, link: &Arc<Link>) -> Result<()> {
+    fn warn_of_clear(&self, server: &str, login: &Login) {
+        if login.tells_secret()
+            && !is_local(host(server))
+            && !self.shared().warned.swap(true, Ordering::Relaxed)
+        {
+            log::warn!(
+                "the password or token crosses the network without TLS: nats={server}; turn TLS on in the server, \
+                 and set nats.tls.ca or write tls:// in nats.url"
+            );
+        }
+    }
+
+    /// The first exchange over a new link: it must echo, and it tells which other servers there are. `name` is whose
+    /// certificate this one showed.
+    fn meet(&mut self, link: &Arc<Link>, name: &str) -> Result<()> {
         let shared = &self.publisher.0;
         let slot = shared.slots - 1;
         let session = Session::new(link.clone(), slot, shared.settings.jetstream.clone());
@@ -333,13 +369,79 @@ impl Keeper {
         });
         let Some(echo) = echo else {
             let cause = link.down.cause().unwrap_or_else(|| {
-                "our own inbox stays silent: allow this user to subscribe to and publish on _INBOX.>".into()
+                let prefix = &shared.settings.inbox_prefix;
+                format!(
+                    "our own inbox stays silent: allow this user to subscribe to and publish on {prefix}.>"
+                )
             });
             link.down.set(&cause);
             return Err(anyhow!(cause));
         };
         let scheme = if link.server.starts_with("tls://") { "tls" } else { "nats" };
-        self.servers.extend(cluster(&echo).iter().map(|url| format!("{scheme}://{url}")));
+        for address in cluster(&echo) {
+            let url = format!("{scheme}://{address}");
+            let expected = name_of_learnt(host(&url), name).to_owned();
+            self.servers.entry(url).or_insert(expected);
+        }
         Ok(())
+    }
+}
+
+/// The host of `nats://host:port`, an IPv6 address without its brackets.
+fn host(url: &str) -> &str {
+    let address = url.split_once("://").map_or(url, |(_, address)| address);
+    match address.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((host, _)) => host,
+        None => address.split_once(':').map_or(address, |(host, _)| host),
+    }
+}
+
+/// The name that the certificate of a server must be for of which another server, known as `told_by`, told us.
+/// Clusters tell addresses, while certificates are made for names: then all of them have the one that we were given.
+fn name_of_learnt<'a>(host: &'a str, told_by: &'a str) -> &'a str {
+    let is_address = |name: &str| name.parse::<IpAddr>().is_ok();
+    if is_address(host) && !is_address(told_by) { told_by } else { host }
+}
+
+/// Nothing that is said to this host leaves the machine.
+fn is_local(host: &str) -> bool {
+    host.parse::<IpAddr>().map_or(host.eq_ignore_ascii_case("localhost"), |address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_has_one_host() {
+        let cases = [
+            ("nats://db.example.org:4222", "db.example.org"),
+            ("tls://db", "db"),
+            ("tls://[::1]:4222", "::1"),
+            ("nats://10.0.0.1:1", "10.0.0.1"),
+        ];
+        for (url, expected) in cases {
+            assert_eq!(host(url), expected);
+        }
+    }
+
+    #[test]
+    fn a_server_that_we_learn_of_has_a_certificate_for_a_name() {
+        let cases = [
+            ("10.0.0.2", "nats.example.org", "nats.example.org"),
+            ("10.0.0.2", "10.0.0.1", "10.0.0.2"),
+            ("b.example.org", "nats.example.org", "b.example.org"),
+            ("b.example.org", "10.0.0.1", "b.example.org"),
+            ("fe80::1", "nats.example.org", "nats.example.org"),
+        ];
+        for (host, told_by, expected) in cases {
+            assert_eq!(name_of_learnt(host, told_by), expected);
+        }
+    }
+
+    #[test]
+    fn this_machine_has_a_few_names() {
+        assert!(["localhost", "LOCALHOST", "127.0.0.9", "::1"].iter().all(|host| is_local(host)));
+        assert!(["db", "10.0.0.1", "127.1", "localhost.example.org"].iter().all(|host| !is_local(host)));
     }
 }

@@ -1,8 +1,8 @@
-//! A link: one connection to NATS and everything that belongs to it. The only file of the service that calls the
-//! `nats` crate (beside it, `reader.rs` does for the demo).
+//! A link: one connection to NATS and everything that belongs to it. Of the service only
+//! this file and `login.rs` call the `nats` crate (beside them, `reader.rs` and `streams.rs` do for demo and bench).
 //!
 //! One writer thread alone publishes and flushes; each *slot* has an inbox of its own, to which answers come as
-//! `_INBOX.<link>.<slot>.<token>`. A link is used until the first sign of trouble, then it is *down*, once and for
+//! `<nats.inbox_prefix>.<link>.<slot>.<token>`. A link is used until the first sign of trouble, then it is *down*, once and for
 //! ever, with the first cause, and everyone who waits on it hears so.
 //!
 //! The crate would reconnect underneath, but then nobody could say which publishes went out on which connection: a
@@ -15,19 +15,20 @@
 #![allow(deprecated)] // the crate says of itself that it is deprecated
 
 use std::convert::Infallible;
-use std::io::Read;
-use std::net::TcpStream;
+use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, ensure};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
+use super::greeting::Greeting;
+use super::login::Login;
+use super::tunnel::{self, Plan};
 use crate::answer;
 use crate::boottime::Boottime;
-use crate::config;
 use crate::event::Event;
 
 /// Messages that a session hands to the writer at once, at most. Handed over one by one, each may wake the writer, which
@@ -105,7 +106,7 @@ pub(super) struct Down {
 }
 
 impl Down {
-    fn new() -> Down {
+    pub(super) fn new() -> Down {
         let (alive, ended) = bounded(0);
         Down { cause: Mutex::new(None), alive: Mutex::new(Some(alive)), ended }
     }
@@ -210,18 +211,29 @@ impl Writer {
 /// One attempt to make a link.
 pub(super) struct Dial {
     pub(super) server: String,
+    pub(super) way: Way,
     pub(super) id: u64,
     pub(super) slots: usize,
-    pub(super) auth: config::NatsAuth,
+    pub(super) login: Login,
     pub(super) name: String,
+    /// What the subjects of our inboxes begin with.
+    pub(super) inbox_prefix: String,
+}
+
+/// How the crate gets there.
+pub(super) enum Way {
+    /// By itself, in clear.
+    Clear,
+    /// Through a tunnel to the server that greeted.
+    Tunnel(Greeting, Plan),
 }
 
 impl Dial {
-    pub(super) fn run(self) -> Result<Arc<Link>> {
+    pub(super) fn run(mut self) -> Result<Arc<Link>> {
         let down = Arc::new(Down::new());
         let (deny, denials): (Vec<_>, Vec<_>) = (0..self.slots).map(|_| bounded(DENIALS_MAX)).unzip();
-        let connection = self.options(&down, deny).connect(self.server.as_str())?;
-        let inbox = connection.new_inbox();
+        let connection = self.connect(&down, deny)?;
+        let inbox = format!("{}.{:032x}", self.inbox_prefix, fastrand::u128(..));
         let mut inboxes = Vec::with_capacity(self.slots);
         let mut subscriptions = Vec::with_capacity(self.slots);
         for slot in 0..self.slots {
@@ -253,12 +265,25 @@ impl Dial {
         }))
     }
 
+    fn connect(&mut self, down: &Arc<Down>, deny: Vec<Sender<String>>) -> Result<nats::Connection> {
+        let Way::Tunnel(greeting, plan) = mem::replace(&mut self.way, Way::Clear) else {
+            return Ok(self.options(self.login.options(), down, deny).connect(self.server.as_str())?);
+        };
+        let tunnel = tunnel::open(greeting, &self.login, &plan, down)?;
+        let connected = self.options(nats::Options::new(), down, deny).connect(tunnel.url.as_str());
+        // The tunnel knows better what was the matter.
+        let cause = |error: std::io::Error| down.cause().map_or_else(|| error.into(), |cause| anyhow!(cause));
+        let connection = connected.map_err(cause)?;
+        ensure!(tunnel.is_taken(), "the tunnel closed before the connection came to it");
+        Ok(connection)
+    }
+
     /// The crate's options, defaults included where they matter.
-    fn options(&self, down: &Arc<Down>, deny: Vec<Sender<String>>) -> nats::Options {
+    fn options(&self, login: nats::Options, down: &Arc<Down>, deny: Vec<Sender<String>>) -> nats::Options {
         let (disconnected, lingering, erring) = (down.clone(), down.clone(), down.clone());
         let last_error = Arc::new(Mutex::new(None::<String>));
         let said = last_error.clone();
-        login(&self.auth)
+        login
             .with_name(&self.name)
             .reconnect_buffer_size(0)
             // One attempt: the one that connects. The attempt it leads to after a loss finds nobody (LINGER).
@@ -285,39 +310,4 @@ impl Dial {
                 *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             })
     }
-}
-
-/// The crate's options with what the server is to know us by.
-pub(super) fn login(auth: &config::NatsAuth) -> nats::Options {
-    match auth {
-        config::NatsAuth::None => nats::Options::new(),
-        config::NatsAuth::UserPassword(user, password) => {
-            nats::Options::with_user_pass(user, password.expose())
-        }
-        config::NatsAuth::Token(token) => nats::Options::with_token(token.expose()),
-        config::NatsAuth::CredentialsFile(path) => nats::Options::with_credentials(path),
-    }
-}
-
-/// Reads the first bytes of the server's greeting over a socket of our own.
-///
-/// The crate waits for the greeting without any limit; this finds a server that accepts connections and says
-/// nothing (stopped, or behind a dead proxy) before the crate hangs on it, and it names the cause.
-pub(super) fn greet(server: &str, timeout: Duration) -> Result<()> {
-    let address: nats::ServerAddress = server.parse()?;
-    let mut last = anyhow!("the name resolves to no address");
-    for socket in address.socket_addrs()? {
-        let greeted = TcpStream::connect_timeout(&socket, timeout).and_then(|mut stream| {
-            stream.set_read_timeout(Some(timeout))?;
-            let mut greeting = [0; 5];
-            stream.read_exact(&mut greeting)?;
-            Ok(greeting)
-        });
-        match greeted {
-            Ok(greeting) if &greeting == b"INFO " => return Ok(()),
-            Ok(_) => last = anyhow!("{socket} does not speak the NATS protocol"),
-            Err(error) => last = anyhow!("{socket}: {error}"),
-        }
-    }
-    Err(last)
 }

@@ -50,7 +50,9 @@ impl Raw {
                 format!(r#","user":{},"pass":{}"#, json(user)?, json(password.expose())?)
             }
             NatsAuth::Token(token) => format!(r#","auth_token":{}"#, json(token.expose())?),
-            NatsAuth::CredentialsFile(_) => bail!("credentials files are not supported here"),
+            NatsAuth::CredentialsFile(_) | NatsAuth::NkeyFile(_) => {
+                bail!("the bench's bare client signs with no key: log in with a password or a token")
+            }
         };
         let socket = TcpStream::connect(address).with_context(|| format!("connect to nats at {address}"))?;
         socket.set_nodelay(true)?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::link::login;
+use super::login::Login;
 use crate::config::NatsAuth;
 
 /// A message as it is stored.
@@ -39,7 +39,8 @@ impl StreamReader {
     /// # Errors
     /// When the server or the stream is not there.
     pub fn open(url: &str, auth: &NatsAuth, stream: &str) -> Result<StreamReader> {
-        let connection = login(auth)
+        let connection = Login::read(auth)?
+            .options()
             .with_name("pg-outbox reader")
             .connect(url)
             .with_context(|| format!("connect to nats at {url}"))?;

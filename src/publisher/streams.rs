@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::link::login;
+use super::login::Login;
 use crate::config::NatsAuth;
 
 /// Longest wait for an answer.
@@ -33,7 +33,8 @@ impl Streams {
     /// # Errors
     /// The server is not there.
     pub fn connect(url: &str, auth: &NatsAuth) -> Result<Streams> {
-        let connection = login(auth)
+        let connection = Login::read(auth)?
+            .options()
             .with_name("pg-outbox bench")
             .connect(url)
             .with_context(|| format!("connect to nats at {url}"))?;

@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::command::dispatcher::{Dispatcher, Program};
 use crate::command::migrate;
@@ -114,7 +114,11 @@ impl Place {
 
     /// Uses the servers of the configuration at `path`.
     pub(super) fn here(path: &Path) -> Result<Place> {
-        Place::over(Config::load(path)?)
+        let config = Config::load(path)?;
+        let tls =
+            config.nats.tls.is_given() || config.nats.servers.iter().any(|url| url.starts_with("tls://"));
+        ensure!(!tls, "the bench speaks no TLS to NATS: give it a configuration with a plain nats.url");
+        Place::over(config)
     }
 
     fn over(config: Config) -> Result<Place> {
@@ -223,6 +227,7 @@ impl Place {
                 nats["password"] = password.expose().into();
             }
             NatsAuth::Token(token) => nats["token"] = token.expose().into(),
+            NatsAuth::NkeyFile(path) => nats["nkey_file"] = path.to_string_lossy().into(),
             NatsAuth::CredentialsFile(path) => nats["credentials_file"] = path.to_string_lossy().into(),
         }
         Ok(serde_json::json!({
