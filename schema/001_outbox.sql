@@ -583,7 +583,7 @@ BEGIN
     -- rights cannot be given other functions to call.
     FOR function IN
         SELECT p.oid::regprocedure::text FROM pg_proc p
-         WHERE p.pronamespace = current_schema()::regnamespace
+         WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
            AND p.proname IN ('outbox_hold_lanes', 'create_monthly_partition', 'cleanup_old_outbox_events', 'outbox_partitions',
                              'outbox_partition_holds', 'outbox_partition_state', 'outbox_missing_partitions',
                              'outbox_create_partition', 'outbox_drop_partition', 'outbox_clean_partition')

@@ -36,7 +36,7 @@ fn figure(report: &Value, name: &str) -> f64 {
 /// A config file for the servers of this database and this stream.
 fn config_file(folder: &Path, db: &TestDb, stream: &TestStream) -> PathBuf {
     let path = folder.join("config.yaml");
-    fs::write(&path, Config::new(db, stream).yaml()).unwrap();
+    fs::write(&path, Config::new(db, stream).set("database.dsn", db.dsn.as_str()).yaml()).unwrap();
     path
 }
 

@@ -179,7 +179,8 @@ fn check_names_a_database_that_is_down_and_looks_at_nats_all_the_same() {
 #[test]
 fn check_names_a_wrong_password_and_shows_none() {
     let (db, stream) = (database(), stream());
-    let (_, host) = db.dsn.split_once('@').unwrap();
+    let dsn = db.dispatcher_dsn();
+    let (_, host) = dsn.split_once('@').unwrap();
     let dsn = format!("postgresql://postgres:hunter2@{host}");
     let config = Config::new(&db, &stream).set("database.dsn", dsn).set("database.connect_timeout", "1s");
     let lines = check(&config);
@@ -312,7 +313,7 @@ fn run_says_once_what_does_not_fit_and_again_what_is_new_after_a_reconnect() {
 fn migrating_twice_says_so_and_changes_nothing() {
     let stream = stream();
     let db = TestDb::without_schema(shared_postgres());
-    let config = Config::new(&db, &stream);
+    let config = Config::new(&db, &stream).set("database.dsn", db.dsn.as_str());
     let first = run(&["migrate"], Some(&config.yaml()));
     assert_eq!(
         (first.stdout.as_str(), first.code),

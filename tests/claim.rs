@@ -47,7 +47,7 @@ fn store_with(db: &TestDb, edit: impl FnOnce(&mut ClaimSettings)) -> Store {
         max_claim_bytes: 16 * 1024 * 1024,
     };
     edit(&mut settings);
-    Store::new(&settings_for(&db.dsn), "test", settings).unwrap()
+    Store::new(&settings_for(&db.dispatcher_dsn()), "test", settings).unwrap()
 }
 
 fn store(db: &TestDb) -> Store {
@@ -121,7 +121,8 @@ fn an_event_settled_while_a_claim_begins_is_not_read_again() {
              PERFORM pg_advisory_unlock_shared(42);
              RETURN true;
          END $$;
-         CREATE VIEW outbox_lanes AS SELECT lane FROM lanes WHERE gate();",
+         CREATE VIEW outbox_lanes AS SELECT lane FROM lanes WHERE gate();
+         GRANT SELECT, UPDATE ON outbox_lanes TO outbox_dispatcher;",
     );
     let mut gate = db.client();
 
@@ -723,7 +724,7 @@ fn a_listener_hears_of_committed_events() {
     let error = listener.wait(LIMIT).unwrap_err();
     assert!(error.is_outage(), "{error}");
     // One of its own DSN, as around a pooler.
-    let (mut other, mut its_lock) = store.wake_up(Some(&Secret::new(db.dsn.clone()))).unwrap();
+    let (mut other, mut its_lock) = store.wake_up(Some(&Secret::new(db.dispatcher_dsn()))).unwrap();
     assert_eq!(its_lock.ask().unwrap(), Asked::Taken);
     db.event("order.placed", "k", "{}");
     assert!(other.wait(LIMIT).unwrap(), "one that sleeps is enough for all");

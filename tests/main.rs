@@ -30,6 +30,7 @@ mod pooler;
 mod postgres_tls;
 mod rejections;
 mod reload;
+mod roles;
 mod sandbox;
 mod schema;
 mod status;

@@ -177,7 +177,7 @@ fn an_installed_package_runs_reloads_and_restarts() {
     let file = root.path("/etc/pg-outbox/config.yaml");
     fs::write(&file, config.yaml()).unwrap();
     fs::create_dir_all(root.path("/etc/credstore")).unwrap();
-    fs::write(root.path("/etc/credstore/pg-outbox.dsn"), format!("{}\n", db.dsn)).unwrap();
+    fs::write(root.path("/etc/credstore/pg-outbox.dsn"), format!("{}\n", db.dispatcher_dsn())).unwrap();
 
     let unit = root.unit("pg-outbox.service");
     let systemd = NotifySocket::new();
@@ -246,6 +246,7 @@ fn the_package_has_all_that_belongs_to_it() {
         "usr/share/pg-outbox/schema/001_outbox.sql",
         "usr/share/pg-outbox/grafana-dashboard.json",
         "usr/share/pg-outbox/prometheus-alerts.yaml",
+        "usr/share/pg-outbox/schema/roles.sql",
         "usr/share/man/man1/pg-outbox.1.gz",
         "usr/share/man/man1/pg-outbox-migrate.1.gz",
         "usr/share/man/man5/pg-outbox.yaml.5.gz",

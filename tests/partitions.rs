@@ -59,18 +59,6 @@ fn printed(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A role that may log in and do what the service does, and owns nothing; its connection string.
-fn service_role(db: &TestDb) -> String {
-    let (role, dsn) = login_role(db);
-    db.execute(&format!(
-        "GRANT SELECT, UPDATE ON outboxes, outbox_lanes TO {role};
-         GRANT EXECUTE ON FUNCTION outbox_partition_holds(name), outbox_partition_state(), outbox_missing_partitions(int),
-             outbox_create_partition(date), outbox_drop_partition(name, interval),
-             outbox_clean_partition(name, bigint, interval) TO {role}"
-    ));
-    dsn
-}
-
 /// A role that may log in and nothing else: its name, and its connection string.
 fn login_role(db: &TestDb) -> (String, String) {
     let role = unique("service_");
@@ -104,8 +92,7 @@ fn a_role_that_owns_nothing_keeps_the_partitions_up() {
     let fallen = partition_of(&db, 425);
     assert_eq!(db.number("SELECT count(*) FROM outboxes_default"), 1);
 
-    let config =
-        Config::new(&db, &stream).set("database.dsn", service_role(&db)).set("partitions.premake", 5);
+    let config = Config::new(&db, &stream).set("partitions.premake", 5);
     let daemon = Daemon::start(&config);
     wait_until("a round of upkeep is done", LIMIT, &[&daemon], || {
         daemon.metric("outbox_upkeep_last_success_timestamp_seconds") > 0.0

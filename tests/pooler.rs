@@ -48,7 +48,7 @@ fn two_instances_deliver_through_a_transaction_pooler_and_prepare_nothing() {
     let first = Daemon::start(&config.clone().set("dispatcher.instance_id", "first"));
     let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
     let history = writers(
-        &format!("{}?application_name=writer", pooler.dsn(&db)),
+        &format!("{}?application_name=writer", pooler.owner_dsn(&db)),
         &Workload { events: 3_000, ..Workload::default() },
     );
     wait_drained(&db, &stream, &[&first, &second], LIMIT);
@@ -144,7 +144,7 @@ fn listen_through_a_transaction_pooler_is_found_out_and_led_around() {
     let said = deaf.log_lines("no wake-ups, polling instead");
     assert!(said[0].contains("database.listen_dsn"), "{said:?}");
     drop(deaf);
-    let hearing = Daemon::start(&patient.set("database.listen_dsn", db.dsn.as_str()));
+    let hearing = Daemon::start(&patient.set("database.listen_dsn", db.dispatcher_dsn()));
     hearing.wait_ready();
     let asleep = "SELECT count(*) FROM pg_locks
                    WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND classid = 1869968483
@@ -178,7 +178,7 @@ fn a_listen_dsn_that_leads_elsewhere_is_said() {
     let (db, other, stream) = (database(), database(), stream());
     let daemon = Daemon::start(
         &Config::new(&db, &stream)
-            .set("database.listen_dsn", other.dsn.as_str())
+            .set("database.listen_dsn", other.dispatcher_dsn())
             .set("dispatcher.poll_interval", "200ms")
             .set("dispatcher.fallback_interval", "60s"),
     );
@@ -191,11 +191,10 @@ fn a_listen_dsn_that_leads_elsewhere_is_said() {
 fn nothing_is_left_in_a_shared_session() {
     let pooler = Pooler::to(shared_postgres(), Mode::Transaction, FEW);
     let (db, stream) = (TestDb::without_schema(shared_postgres()), stream());
-    let settings = config(&db, &stream, &pooler).set("dispatcher.poll_interval", "200ms").set_in(
-        "nats.topic_map",
-        "lost.thing",
-        "nowhere.thing",
-    );
+    let settings = config(&db, &stream, &pooler)
+        .set("database.dsn", pooler.owner_dsn(&db))
+        .set("dispatcher.poll_interval", "200ms")
+        .set_in("nats.topic_map", "lost.thing", "nowhere.thing");
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("config.yaml");
     std::fs::write(&file, settings.yaml()).unwrap();
@@ -224,7 +223,7 @@ fn nothing_is_left_in_a_shared_session() {
     // As many transactions at once as the pooler has connections: each is in another session.
     let mut sessions: Vec<Client> = Vec::new();
     for _ in 0..FEW {
-        let mut client = Client::connect(&pooler.dsn(&db), NoTls).unwrap();
+        let mut client = Client::connect(&pooler.owner_dsn(&db), NoTls).unwrap();
         client.batch_execute("BEGIN").unwrap();
         sessions.push(client);
     }

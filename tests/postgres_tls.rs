@@ -49,7 +49,7 @@ fn server(issued: &Issued, clients: &Authority) -> Server {
     let postgres = start_postgres_with(PostgresOptions { settings, ..PostgresOptions::default() });
     let db = TestDb::on(&postgres);
     for role in ["anyone", "scram", "certified", "tls_only", "clear_only", "by_certificate"] {
-        db.execute(&format!("CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{PASSWORD}'"));
+        db.execute(&format!("CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}' IN ROLE outbox_dispatcher"));
     }
     secrets::plant(PASSWORD);
     Server { postgres, db }
@@ -304,9 +304,10 @@ fn daemon_and_commands_do_all_they_do_over_verified_tls() {
 fn a_password_in_clear_is_worth_one_warning_off_this_machine() {
     let (db, stream) = (database(), stream());
     // A name that is none of those known for this machine, and leads to it all the same.
-    let away = db.dsn.replace("@127.0.0.1:", "@127.1:");
-    assert_ne!(away, db.dsn);
-    for (dsn, warnings) in [(&away, 1), (&db.dsn, 0)] {
+    let dsn = db.dispatcher_dsn();
+    let away = dsn.replace("@127.0.0.1:", "@127.1:");
+    assert_ne!(away, dsn);
+    for (dsn, warnings) in [(&away, 1), (&dsn, 0)] {
         let daemon = Daemon::start(&Config::new(&db, &stream).set("database.dsn", dsn.as_str()));
         daemon.wait_ready();
         db.events("order.placed", 20, 5);

@@ -26,8 +26,10 @@ fn json(config: &Config) -> Value {
 #[test]
 fn status_shows_what_waits_and_what_is_in_the_way() {
     let (db, stream) = (database(), stream());
-    let config =
-        Config::new(&db, &stream).set("ordering.on_dead", "block").set("dispatcher.instance_id", "north");
+    let config = Config::new(&db, &stream)
+        .set("database.dsn", db.operator_dsn())
+        .set("ordering.on_dead", "block")
+        .set("dispatcher.instance_id", "north");
     for topic in 0..14 {
         db.events(&format!("topic.n{topic:02}"), 14 - topic, 3);
     }
@@ -102,7 +104,9 @@ fn status_shows_what_waits_and_what_is_in_the_way() {
 #[test]
 fn status_shows_rates_and_instances_while_events_flow() {
     let (db, stream) = (database(), stream());
-    let config = Config::new(&db, &stream).set("dispatcher.instance_id", "north");
+    let config = Config::new(&db, &stream)
+        .set("database.dsn", db.operator_dsn())
+        .set("dispatcher.instance_id", "north");
     let daemon = Daemon::start(&config);
     daemon.wait_ready();
     let done = std::sync::atomic::AtomicBool::new(false);
@@ -144,7 +148,9 @@ fn status_goes_on_with_watch() {
 #[test]
 fn status_says_which_server_does_not_answer_and_shows_the_other() {
     let (db, stream) = (database(), stream());
-    let config = Config::new(&db, &stream).set("nats.url", "nats://127.0.0.1:1");
+    let config = Config::new(&db, &stream)
+        .set("database.dsn", db.operator_dsn())
+        .set("nats.url", "nats://127.0.0.1:1");
     let output = status(&config, &[]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(1), "{text}");

@@ -56,8 +56,9 @@ fn postgres_behind_a_proxy() -> (Proxy, Stage) {
     let postgres = shared_postgres();
     let proxy = Proxy::to(postgres.port());
     let mut stage = Stage::new(database(), stream());
-    let dsn = stage.db.dsn.replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
-    assert_ne!(dsn, stage.db.dsn);
+    let dsn =
+        stage.db.dispatcher_dsn().replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
+    assert_ne!(dsn, stage.db.dispatcher_dsn());
     stage.config = stage.config.clone().set("database.dsn", dsn);
     stage.start();
     (proxy, stage)

@@ -142,7 +142,7 @@ pub fn statements_time_out(run: &mut Run) {
 /// short.
 pub fn locks_time_out(run: &mut Run) {
     let mut stage = Stage::new(database(), stream());
-    let dsn = format!("{}?options=-c%20lock_timeout%3D300", stage.db.dsn);
+    let dsn = format!("{}?options=-c%20lock_timeout%3D300", stage.db.dispatcher_dsn());
     stage.config = stage.config.clone().set("database.dsn", dsn);
     stage.start();
     run.under_load(&mut stage, |run, stage| {

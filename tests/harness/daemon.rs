@@ -41,12 +41,12 @@ const CLEARED_VARIABLES: [&str; 10] = [
 pub struct Config(Value);
 
 impl Config {
-    /// Events of this database into this stream: every topic goes to `<prefix>.<topic>`, logging at debug.
+    /// Events of this database, as its dispatcher, into this stream: every topic goes to `<prefix>.<topic>`, logging at debug.
     pub fn new(db: &TestDb, stream: &TestStream) -> Config {
         Config(Value::Mapping(serde_yaml::Mapping::new()))
             .set("dispatcher.instance_id", unique("instance-"))
             .set("dispatcher.workers", 4)
-            .set("database.dsn", db.dsn.as_str())
+            .set("database.dsn", db.dispatcher_dsn())
             .set("database.max_connections", 10)
             .set("nats.url", stream.url.as_str())
             .set("nats.jetstream.enabled", true)

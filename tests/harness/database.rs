@@ -14,6 +14,10 @@ use super::{Evidence, Row, RowState, Table, unique};
 const TEMPLATE: &str = "outbox_template";
 /// A claim that is open for so long, with nothing to publish, is left behind.
 const CLAIM_LIMIT: Duration = Duration::from_secs(5);
+/// The login roles of every server: one for each of the roles of the schema, with the password of the owner.
+pub const WRITER: &str = "application";
+pub const DISPATCHER: &str = "dispatcher";
+pub const OPERATOR: &str = "operator";
 /// Rows that the evidence of a database shows.
 const EVIDENCE_ROWS: usize = 20;
 
@@ -57,7 +61,7 @@ pub fn database() -> TestDb {
 
 /// A database with the schema in it.
 pub struct TestDb {
-    /// Connection string, as a URL.
+    /// Connection string of the owner, a superuser, as a URL.
     pub dsn: String,
     /// Name of the database.
     pub name: String,
@@ -87,7 +91,17 @@ impl TestDb {
         TestDb { dsn: postgres.dsn(&name), name }
     }
 
-    /// A new connection.
+    /// Connection string of the role that the daemon is: a dispatcher, and nothing else.
+    pub fn dispatcher_dsn(&self) -> String {
+        as_role(&self.dsn, DISPATCHER)
+    }
+
+    /// Connection string of an operator.
+    pub fn operator_dsn(&self) -> String {
+        as_role(&self.dsn, OPERATOR)
+    }
+
+    /// A new connection, as the owner.
     pub fn client(&self) -> Client {
         Client::connect(&self.dsn, NoTls)
             .unwrap_or_else(|error| panic!("connect to {}: {error:?}", self.name))
@@ -214,8 +228,15 @@ fn left_claimed(client: &mut Client) -> Vec<String> {
     [locked, open].iter().flat_map(|query| client.query(*query, &[]).unwrap()).map(|row| row.get(0)).collect()
 }
 
-/// Applies the files of schema/ in their order, as an operator does with psql.
-fn migrate(postgres: &Postgres, database: &str) {
+/// The same connection string (the owner's, as a URL) for another role; the password is the same.
+pub fn as_role(dsn: &str, role: &str) -> String {
+    let rest =
+        dsn.strip_prefix("postgresql://postgres:").unwrap_or_else(|| panic!("not the owner's: {role}"));
+    format!("postgresql://{role}:{rest}")
+}
+
+/// Applies the files of schema/ in their order, as an operator does with psql, and makes the login roles.
+pub fn migrate(postgres: &Postgres, database: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema");
     let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
@@ -228,4 +249,15 @@ fn migrate(postgres: &Postgres, database: &str) {
         let output = postgres.psql(database).arg("-f").arg(&file).output().unwrap();
         assert!(output.status.success(), "{}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
     }
+    let password = postgres.dsn(database).split([':', '@']).nth(2).unwrap().to_owned();
+    let logins: String = [(WRITER, "writer"), (DISPATCHER, "dispatcher"), (OPERATOR, "operator")]
+        .map(|(login, role)| {
+            format!(
+                "DO $$ BEGIN CREATE ROLE {login} LOGIN PASSWORD '{password}' IN ROLE outbox_{role};
+                 EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$;"
+            )
+        })
+        .concat();
+    let output = postgres.psql(database).args(["-c", &logins]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

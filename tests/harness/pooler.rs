@@ -1,6 +1,6 @@
 //! A private PgBouncer in front of a PostgreSQL, as Debian packages it.
 //!
-//! It lets in whoever comes, logs in to the server itself, and keeps few connections to it, so that in transaction
+//! It lets in whoever has a known name, logs in to the server with that name's password, and keeps few connections to it, so that in transaction
 //! mode those are shared. Like the servers of the sandbox it runs as the user `postgres` when we are root, on a port
 //! of its own, with a guard beside it.
 
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use pg_outbox::sandbox::{Guard, Postgres, free_port};
 use rustix::process::{Pid, Signal};
 
-use super::database::as_postgres_user;
+use super::database::{DISPATCHER, OPERATOR, WRITER, as_postgres_user, as_role};
 use super::{Evidence, TestDb};
 
 /// Where Debian's package has it.
@@ -52,10 +52,12 @@ impl Pooler {
         let folder = temporary.keep();
         let dsn = postgres.dsn("x");
         let password = dsn.split([':', '@']).nth(2).unwrap();
-        let server = format!(
-            "[databases]\n* = host=127.0.0.1 port={} user=postgres password={password} pool_size={connections}\n",
-            postgres.port()
-        );
+        let server =
+            format!("[databases]\n* = host=127.0.0.1 port={} pool_size={connections}\n", postgres.port());
+        let users: String = [WRITER, DISPATCHER, OPERATOR, "postgres"]
+            .map(|user| format!("\"{user}\" \"{password}\"\n"))
+            .concat();
+        fs::write(folder.join("users.txt"), users).unwrap();
         let mut pooler = Pooler { port: free_port().unwrap(), folder, server, child: None, guard };
         pooler.configure(mode);
         pooler.start_again();
@@ -69,7 +71,7 @@ impl Pooler {
             Mode::Session => "session",
         };
         let config = format!(
-            "{}[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={}\nunix_socket_dir=\npool_mode={mode}\nauth_type=any\n\
+            "{}[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={}\nunix_socket_dir=\npool_mode={mode}\nauth_type=trust\nauth_file=users.txt\n\
              max_client_conn=1000\nserver_login_retry=1\nquery_wait_timeout=20\nverbose=0\n",
             self.server, self.port
         );
@@ -121,8 +123,13 @@ impl Pooler {
         self.child = Some(child);
     }
 
-    /// This database through the pooler.
+    /// This database through the pooler, as its dispatcher.
     pub fn dsn(&self, db: &TestDb) -> String {
+        as_role(&self.owner_dsn(db), DISPATCHER)
+    }
+
+    /// This database through the pooler, as its owner.
+    pub fn owner_dsn(&self, db: &TestDb) -> String {
         format!("postgresql://postgres:asked-by-nobody@127.0.0.1:{}/{}", self.port, db.name)
     }
 

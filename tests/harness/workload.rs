@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 
+use super::database::{WRITER, as_role};
 use super::{Committed, History};
 
 /// Events of one transaction at most.
@@ -54,7 +55,7 @@ pub fn writers(dsn: &str, workload: &Workload) -> History {
     writers_until(dsn, workload, &stop)
 }
 
-/// Runs the workload to its end, or until `stop` is set.
+/// Runs the workload to its end, or until `stop` is set. `dsn` is the owner's; events are written as an application.
 ///
 /// A key's events are numbered under a lock of the key that is held until its transaction has ended. So two
 /// transactions with a key in common never overlap, and the key's numbers, its seqs and its commits have one order.
@@ -63,7 +64,8 @@ pub fn writers(dsn: &str, workload: &Workload) -> History {
 pub fn writers_until(dsn: &str, workload: &Workload, stop: &AtomicBool) -> History {
     let keys: Vec<Mutex<u64>> = (0..workload.keys).map(|_| Mutex::new(0)).collect();
     let started = AtomicUsize::new(0);
-    let writer = Writer { dsn, workload, stop, keys: &keys, started: &started };
+    let writer_dsn = as_role(dsn, WRITER);
+    let writer = Writer { dsn, writer: &writer_dsn, workload, stop, keys: &keys, started: &started };
     let mut history = History::default();
     std::thread::scope(|scope| {
         let start = |number: u64| {
@@ -86,7 +88,10 @@ pub fn writers_until(dsn: &str, workload: &Workload, stop: &AtomicBool) -> Histo
 
 #[derive(Clone, Copy)]
 struct Writer<'a> {
+    /// The owner's connection string.
     dsn: &'a str,
+    /// That of a role with INSERT and nothing else.
+    writer: &'a str,
     workload: &'a Workload,
     stop: &'a AtomicBool,
     keys: &'a [Mutex<u64>],
@@ -97,7 +102,7 @@ struct Writer<'a> {
 impl Writer<'_> {
     fn run(self) -> History {
         let mut history = History::default();
-        let mut client = connect(self.dsn);
+        let mut client = connect(self.writer);
         while !self.stop.load(Ordering::Relaxed) {
             let rollback = fastrand::u8(0..100) < self.workload.rollback_percent;
             let mut count = fastrand::usize(1..=MAX_EVENTS);
@@ -166,16 +171,19 @@ impl Writer<'_> {
         rollback: bool,
     ) -> Result<Vec<Committed>, Vec<Committed>> {
         let mut written = Vec::new();
-        let insert = "INSERT INTO outboxes (topic, metadata, payload)
-                      VALUES ($1, jsonb_build_object('ordering-key', $2::text),
-                              jsonb_build_object('key', $2::text, 'n', $3::int8))
-                      RETURNING id::text, seq";
+        // RETURNING would take the right to read, so the id is made here.
+        let insert = "INSERT INTO outboxes (id, topic, metadata, payload)
+                      VALUES ($4::text::uuid, $1, jsonb_build_object('ordering-key', $2::text),
+                              jsonb_build_object('key', $2::text, 'n', $3::int8))";
+        let last_seq = "SELECT currval('outboxes_seq_seq')";
         let end = |client: &mut Client, written: &mut Vec<Committed>| -> Result<(), postgres::Error> {
             client.batch_execute("BEGIN")?;
             for (key, n) in events {
                 let number = i64::try_from(*n).unwrap();
-                let row = client.query_one(insert, &[&self.workload.topic, key, &number])?;
-                written.push(Committed { id: row.get(0), seq: row.get(1), key: key.clone(), n: *n });
+                let id = uuid::Uuid::from_u128(fastrand::u128(..)).to_string();
+                client.execute(insert, &[&self.workload.topic, key, &number, &id])?;
+                let seq = client.query_one(last_seq, &[])?.get(0);
+                written.push(Committed { id, seq, key: key.clone(), n: *n });
             }
             client.batch_execute(if rollback { "ROLLBACK" } else { "COMMIT" })
         };
@@ -190,16 +198,17 @@ impl Writer<'_> {
     /// it if it is gone and must be tried again.
     fn look_up(self, client: &mut Client, written: Vec<Committed>) -> Result<Vec<Committed>, Vec<Committed>> {
         loop {
-            *client = connect(self.dsn);
+            let mut owner = connect(self.dsn);
+            *client = connect(self.writer);
             let ids: Vec<&str> = written.iter().map(|event| event.id.as_str()).collect();
             let query = "SELECT count(*) FROM outboxes WHERE id::text = ANY ($1)";
-            match client.query_one(query, &[&ids]) {
+            match owner.query_one(query, &[&ids]) {
                 Ok(row) => {
                     let there: i64 = row.get(0);
                     assert!(there == 0 || usize::try_from(there) == Ok(written.len()), "half a transaction");
                     return if there > 0 { Ok(written) } else { Err(written) };
                 }
-                Err(error) if passes(client, &error) => {}
+                Err(error) if passes(&owner, &error) => {}
                 Err(error) => panic!("writer: {error:?}"),
             }
         }

@@ -11,8 +11,7 @@ use postgres::{Client, NoTls};
 use serde_json::json;
 
 use super::super::delivery::wait_drained;
-use super::super::harness::daemon::pg_outbox;
-use super::super::harness::database::shared_postgres;
+use super::super::harness::database::{migrate, shared_postgres};
 use super::super::harness::stream::current_nats_server;
 use super::super::harness::{
     Config, Daemon, Stored, TestDb, TestStream, database, start_nats, stream, unique, wait_until,
@@ -349,10 +348,7 @@ fn a_row_that_is_not_utf8_dies_and_delays_nobody() {
     admin.batch_execute(&create).unwrap();
     let db = TestDb { dsn: postgres.dsn(&name), name };
     let stream = stream();
-    let config = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(config.path(), Config::new(&db, &stream).yaml()).unwrap();
-    let migrated = pg_outbox().args(["migrate", "--config"]).arg(config.path()).output().unwrap();
-    assert!(migrated.status.success(), "{migrated:?}");
+    migrate(postgres, &db.name);
     let rows = [
         r#"'t', '{"ordering-key": "p"}', E'"\xff"'::jsonb"#,
         r#"'t', E'{"ordering-key": "m", "x": "\xc3("}'::jsonb, '1'"#,
