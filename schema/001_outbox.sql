@@ -34,9 +34,9 @@ DO $migration$
 DECLARE
     ordering text := coalesce(nullif(current_setting('pg_outbox.order', true), ''), 'key');
     key_expression text;
-    default_id text;
-    this_month date := (now() AT TIME ZONE 'UTC')::date;
-    function text;
+    -- `pg-outbox migrate --adopt` runs this twice, around what it does to a table that is there: with 'prepare' it
+    -- adds what the indexes need, with 'finish' everything else.
+    adopting text := coalesce(nullif(current_setting('pg_outbox.adopt', true), ''), 'no');
 BEGIN
     IF to_regclass(format('%I.outbox_schema', current_schema())) IS NOT NULL THEN
         IF EXISTS (SELECT FROM outbox_schema WHERE version = 1) THEN
@@ -44,10 +44,11 @@ BEGIN
         END IF;
     END IF;
 
-    IF to_regclass(format('%I.outboxes', current_schema())) IS NOT NULL THEN
+    IF adopting = 'no' AND to_regclass(format('%I.outboxes', current_schema())) IS NOT NULL THEN
         RAISE EXCEPTION 'schema % has a table outboxes that this migration did not create', current_schema()
             USING ERRCODE = 'duplicate_table',
-                  HINT = 'Rename it, or install the outbox into a schema of its own.';
+                  HINT = 'If it is an outbox, pg-outbox migrate --adopt takes it over as it is (--dry-run shows how). '
+                         'Otherwise rename it, or install the outbox into a schema of its own.';
     END IF;
 
     -- The body must not be a constant, also for 'all': an index on a constant cannot be searched by lane.
@@ -73,6 +74,11 @@ BEGIN
     -- is anything, and in a restore, whose search_path is empty. The lane repeats the key's expression for
     -- that reason. md5, as hashtext may change with a major version, and a lane that changes hides events.
 
+    -- An adoption that was interrupted has them already; what its indexes are built on must not change.
+    IF to_regprocedure('outbox_key(text, jsonb)') IS NOT NULL THEN
+        RETURN;
+    END IF;
+
     EXECUTE format($sql$
         CREATE FUNCTION outbox_key(topic text, metadata jsonb) RETURNS text
         LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -88,9 +94,7 @@ BEGIN
     -- A time-ordered id (RFC 9562, version 7): neighbours in time are neighbours in the primary key, so a
     -- settle touches few of its pages. The text is 48 bits of milliseconds, the digit 7, 12 bits of the
     -- fraction of the millisecond, and the second half of a random id, which carries the variant.
-    IF current_setting('server_version_num')::int >= 180000 THEN
-        default_id := 'pg_catalog.uuidv7()';
-    ELSE
+    IF current_setting('server_version_num')::int < 180000 THEN
         CREATE FUNCTION outbox_uuid() RETURNS uuid
         LANGUAGE sql VOLATILE PARALLEL SAFE
         RETURN overlay(
@@ -99,7 +103,21 @@ BEGIN
             PLACING '7' FROM 13 FOR 0
         )::uuid;
         COMMENT ON FUNCTION outbox_uuid() IS 'A time-ordered id (UUID version 7)';
-        default_id := 'outbox_uuid()';
+        GRANT EXECUTE ON FUNCTION outbox_uuid() TO PUBLIC;
+    END IF;
+
+    -- Open to everybody, also where the default privileges are not: an INSERT calls them in the writer's name.
+    GRANT EXECUTE ON FUNCTION outbox_key(text, jsonb), outbox_lane(text, jsonb) TO PUBLIC;
+END
+$migration$;
+
+DO $table$
+DECLARE
+    default_id text := coalesce(to_regprocedure('outbox_uuid()')::text, 'pg_catalog.uuidv7()');
+BEGIN
+    -- There is one to adopt, or the one that this made.
+    IF to_regclass(format('%I.outboxes', current_schema())) IS NOT NULL THEN
+        RETURN;
     END IF;
 
     -- The table ------------------------------------------------------------------------------------------
@@ -160,13 +178,22 @@ BEGIN
         WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
               autovacuum_analyze_scale_factor = 0.05);
 
-    -- Privileges: INSERT on the table is all that a writer needs. The rest, which an INSERT calls in the
-    -- writer's name, is open to everybody, also where the default privileges are not.
-    GRANT USAGE ON SEQUENCE outboxes_seq_seq TO PUBLIC;
-    GRANT EXECUTE ON FUNCTION outbox_key(text, jsonb), outbox_lane(text, jsonb) TO PUBLIC;
-    IF default_id = 'outbox_uuid()' THEN
-        GRANT EXECUTE ON FUNCTION outbox_uuid() TO PUBLIC;
+END
+$table$;
+
+DO $rest$
+DECLARE
+    adopting text := coalesce(nullif(current_setting('pg_outbox.adopt', true), ''), 'no');
+    this_month date := (now() AT TIME ZONE 'UTC')::date;
+    function text;
+    commented record;
+BEGIN
+    IF adopting = 'prepare' OR EXISTS (SELECT FROM outbox_schema WHERE version = 1) THEN
+        RETURN;
     END IF;
+
+    -- Privileges: INSERT on the table is all that a writer needs; its number is everybody's.
+    EXECUTE format('GRANT USAGE ON SEQUENCE %s TO PUBLIC', pg_get_serial_sequence('outboxes', 'seq'));
 
     -- The lanes ------------------------------------------------------------------------------------------
     --
@@ -292,7 +319,7 @@ BEGIN
                 END IF;
                 EXECUTE format(
                     'CREATE TABLE %s (LIKE %s INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES'
-                    ' INCLUDING STORAGE INCLUDING COMPRESSION)'
+                    ' INCLUDING STORAGE INCLUDING COMPRESSION INCLUDING GENERATED)'
                     ' WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,'
                     ' autovacuum_analyze_scale_factor = 0.05)',
                     partition_of_schema, parent_table);
@@ -594,7 +621,8 @@ BEGIN
         outbox_create_partition(date), outbox_drop_partition(name, interval),
         outbox_clean_partition(name, bigint, interval) FROM PUBLIC;
 
-    FOR month IN 0 .. 3 LOOP
+    -- A table that was adopted gets them from the first round of upkeep: here its writers would wait.
+    FOR month IN 0 .. CASE adopting WHEN 'no' THEN 3 ELSE -1 END LOOP
         PERFORM create_monthly_partition('outboxes', (this_month + make_interval(months => month))::date);
     END LOOP;
 
@@ -621,11 +649,22 @@ BEGIN
     COMMENT ON INDEX outboxes_retry_by_lane IS 'Events in retry by the time they are due';
     COMMENT ON INDEX outboxes_retry_by_key IS 'Events in retry by the key they hold';
     COMMENT ON INDEX outboxes_dead_by_key IS 'Dead letters by key';
-    COMMENT ON CONSTRAINT outboxes_metadata_is_object ON outboxes IS
-        'Metadata becomes headers, so it is a JSON object or NULL';
-    COMMENT ON CONSTRAINT outboxes_topic_is_literal_subject ON outboxes IS
-        'NATS takes tokens separated by dots: no empty token, blank, control character or wildcard';
-    COMMENT ON TABLE outboxes_default IS 'Events that no monthly partition takes; empty where those are made in time';
+    -- A table that was adopted may lack these, or have them by another name.
+    FOR commented IN
+        SELECT * FROM (VALUES
+            ('CONSTRAINT', 'outboxes_metadata_is_object', 'Metadata becomes headers, so it is a JSON object or NULL'),
+            ('CONSTRAINT', 'outboxes_topic_is_literal_subject',
+             'NATS takes tokens separated by dots: no empty token, blank, control character or wildcard'),
+            ('TABLE', 'outboxes_default', 'Events that no monthly partition takes; empty where those are made in time')
+        ) AS comments(kind, name, words)
+         WHERE CASE kind
+               WHEN 'TABLE' THEN to_regclass(name) IS NOT NULL
+               ELSE EXISTS (SELECT FROM pg_constraint WHERE conname = name AND conrelid = 'outboxes'::regclass)
+               END
+    LOOP
+        EXECUTE format('COMMENT ON %s %I%s IS %L', commented.kind, commented.name,
+                       CASE commented.kind WHEN 'CONSTRAINT' THEN ' ON outboxes' END, commented.words);
+    END LOOP;
     COMMENT ON TABLE outbox_lanes IS 'One row for each lane of keys; a claim locks the row, and nothing changes it';
     COMMENT ON TABLE outbox_schema IS 'Migrations applied';
     COMMENT ON FUNCTION outbox_key(text, jsonb) IS 'The ordering key of an event';
@@ -650,7 +689,7 @@ BEGIN
 
     INSERT INTO outbox_schema (version) VALUES (1);
 END
-$migration$;
+$rest$;
 
 -- A second run that asks for another order must not seem to have worked.
 DO $order$

@@ -12,6 +12,7 @@ use pg_outbox::command::bench::{self, BenchOptions};
 use pg_outbox::command::demo::{self, DemoOptions};
 use pg_outbox::command::{check, generate, migrate, partitions, run, status};
 use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
+use pg_outbox::store::Adopting;
 
 const FAILED: u8 = 1;
 const BAD_CONFIG: u8 = 78;
@@ -58,6 +59,13 @@ enum Command {
         /// What makes events wait for each other; chosen once, by the first migration (then: key).
         #[arg(long, value_enum)]
         order: Option<Order>,
+        /// Make an outbox of a table `outboxes` that another program made, while its writers go on. Safe to repeat, and
+        /// to interrupt.
+        #[arg(long)]
+        adopt: bool,
+        /// Say what adopting would do, with the statements, and change nothing.
+        #[arg(long, requires = "adopt")]
+        dry_run: bool,
     },
     /// Show what waits, what flows and what is in the way: one screen, asked of both servers.
     Status {
@@ -234,9 +242,14 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
             run::Ended::Failed => FAILED.into(),
         },
         Command::Check => done(check::run(&cli.config)?),
-        Command::Migrate { order } => {
+        Command::Migrate { order, adopt, dry_run } => {
             let config = Config::load(&cli.config)?;
-            migrate::run(&config.database, order.map(Into::into), &mut std::io::stdout())?;
+            let (order, out) = (order.map(Into::into), &mut std::io::stdout());
+            match (adopt, dry_run) {
+                (false, _) => migrate::run(&config.database, order, out)?,
+                (true, false) => migrate::adopt(&config.database, order, Adopting::Real, out)?,
+                (true, true) => migrate::adopt(&config.database, order, Adopting::Dry, out)?,
+            }
             ExitCode::SUCCESS
         }
         Command::Generate { folder } => {

@@ -23,6 +23,7 @@ macro_rules! query {
     };
 }
 
+mod adopt;
 mod dsn;
 mod overview;
 mod partitions;
@@ -53,6 +54,7 @@ use crate::cursors::{self, Reading, Writer};
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 
+pub use self::adopt::Adopting;
 pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Retry, Topic};
 pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
@@ -322,7 +324,12 @@ impl Store {
         let target = Target::new(&database.dsn, &database.parts, "migrate", database.connect_timeout)?;
         let mut client = connect(&target)?;
         let before = schema_version(&mut client)?;
-        let sql = |error: postgres::Error| StoreError::from(&error);
+        // What to do instead stands in the hint.
+        let sql = |error: postgres::Error| {
+            let hint = error.as_db_error().and_then(|db| db.hint()).map(|hint| format!("; {hint}"));
+            let cause = StoreError::from(&error);
+            StoreError { text: format!("{cause}{}", hint.unwrap_or_default()), ..cause }
+        };
         let order = order.unwrap_or_default().replace('\'', "''");
         for (_, text) in MIGRATIONS {
             // In one message: the setting belongs to the transaction that the file begins, and ends with it. It takes no

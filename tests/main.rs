@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "nothing of a test binary can be reached from outside")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must end, and says where")]
 
+mod adopt;
 mod architecture;
 mod batches;
 mod bench;

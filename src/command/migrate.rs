@@ -2,14 +2,15 @@
 //!
 //! Runs on the main thread, over one connection of its own. The files of `schema/` are built into the program,
 //! so that the schema and the statements that use it are of one version. Running it again changes nothing;
-//! two at once wait for each other. It never changes an order of events that was chosen before.
+//! two at once wait for each other. It never changes an order of events that was chosen before. A table `outboxes` that
+//! another program made is refused, unless it is to be adopted.
 
 use std::io::Write;
 
 use anyhow::{Context, Result};
 
 use crate::config::Database;
-use crate::store::{Migrated, Store};
+use crate::store::{Adopting, Migrated, Store};
 
 /// What makes events wait for each other, chosen by the first migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +47,37 @@ pub fn run(database: &Database, order: Option<Order>, out: &mut impl Write) -> R
     }
     if applied.is_empty() {
         writeln!(out, "schema is up to date, at version {version}")?;
+    }
+    Ok(())
+}
+
+/// Makes an outbox of a table that is there, while its writers go on, and prints a line for each step. With
+/// [`Adopting::Dry`] only what would be done, with its statements.
+///
+/// # Errors
+/// As [`run`]; the table cannot be adopted, and the text says why and what to do; a lock was not free for two minutes.
+/// What is done stays, and the next run goes on from there.
+pub fn adopt(
+    database: &Database,
+    order: Option<Order>,
+    adopting: Adopting,
+    out: &mut impl Write,
+) -> Result<()> {
+    let mut written = Ok(());
+    let mut say = |line: &str| {
+        if written.is_ok() {
+            written = writeln!(out, "{line}").and_then(|()| out.flush());
+        }
+    };
+    let steps =
+        Store::adopt(database, order.map(Order::name), adopting, &mut say).context("adopt the table")?;
+    written?;
+    match (adopting, steps) {
+        (_, 0) => writeln!(out, "nothing is missing")?,
+        (Adopting::Real, _) => {
+            writeln!(out, "adopted, in {steps} steps; pg-outbox check says whether all is ready")?;
+        }
+        (Adopting::Dry, _) => writeln!(out, "{steps} steps; nothing was changed")?,
     }
     Ok(())
 }

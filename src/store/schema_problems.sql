@@ -16,8 +16,11 @@ WITH needed(kind, name, present) AS (
     SELECT 'index', name, EXISTS (
            SELECT FROM pg_index
             WHERE indexrelid = to_regclass(name) AND indrelid = to_regclass('outboxes') AND indisvalid)
-      FROM unnest(ARRAY['outboxes_pkey', 'outboxes_fresh_by_lane', 'outboxes_retry_by_lane', 'outboxes_retry_by_key',
+      FROM unnest(ARRAY['outboxes_fresh_by_lane', 'outboxes_retry_by_lane', 'outboxes_retry_by_key',
                         'outboxes_dead_by_key']) AS name
+    UNION ALL
+    SELECT 'primary key of table', 'outboxes', EXISTS (
+           SELECT FROM pg_index WHERE indrelid = to_regclass('outboxes') AND indisprimary AND indisvalid)
     UNION ALL
     SELECT 'DEFAULT partition of table', 'outboxes', EXISTS (
            SELECT FROM pg_partitioned_table WHERE partrelid = to_regclass('outboxes') AND partdefid <> 0)

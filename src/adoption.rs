@@ -1,0 +1,587 @@
+//! What it takes to make an outbox of a table `outboxes` that another program made, while its writers go on.
+//!
+//! Pure: what was found goes in, reasons to refuse or steps come out. What a complete outbox is stands in the schema's
+//! own file, which is read here as text, so that it is written down once. A step either needs a lock for an instant,
+//! which is asked for with a short timeout and again after a pause, or takes long and no lock that a writer meets. Each
+//! is there only while what it makes is missing: an adoption that was interrupted goes on where it stopped, and one
+//! that is done has no steps.
+//!
+//! Rows that are there may be what a check would refuse. An UPDATE of such a row, which is how it is settled, would be
+//! refused as well, so the checks leave out every row up to the last `seq` before them. And where writers have written
+//! such rows lately, the check is not added at all: their INSERTs would begin to fail.
+
+use std::fmt::Write;
+
+/// Longest name that PostgreSQL keeps, in bytes.
+const NAME_MAX_BYTES: usize = 63;
+
+/// What the application's part of the table must be: column, types it may have, whether it must be NOT NULL.
+const COLUMNS: [(&str, &[&str], bool); 9] = [
+    ("id", &["uuid"], true),
+    ("seq", &["bigint"], true),
+    ("created_at", &["timestamp with time zone"], true),
+    ("topic", &["text", "character varying"], true),
+    ("metadata", &["jsonb"], false),
+    ("payload", &["jsonb"], true),
+    ("published_at", &["timestamp with time zone"], false),
+    ("attempts", &["integer"], false),
+    ("last_error", &["text"], false),
+];
+
+/// What the schema's file says of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Schema {
+    /// Name, and type with what follows.
+    columns: Vec<(String, String)>,
+    /// Name and condition.
+    checks: Vec<(String, String)>,
+    /// Name, and what follows the table's name.
+    indexes: Vec<(String, String)>,
+}
+
+impl Schema {
+    /// Reads the text of `schema/001_outbox.sql`.
+    pub fn read(text: &str) -> Schema {
+        let between = |from: &str, to: &str| {
+            let rest = text.split_once(from).map_or("", |(_, rest)| rest);
+            rest.split_once(to).map_or("", |(part, _)| part)
+        };
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let column = |line: &str| {
+            let (name, rest) = line.trim().trim_end_matches(',').split_once(' ')?;
+            Some((name.to_owned(), words(rest)))
+        };
+        let check = |part: &str| {
+            let (name, rest) = part.split_once(|c: char| c.is_whitespace())?;
+            let condition = rest.trim().strip_prefix("CHECK (")?.lines().next()?;
+            Some((name.to_owned(), condition.trim_end_matches(',').strip_suffix(')')?.to_owned()))
+        };
+        let index = |part: &str| {
+            let (statement, _) = part.split_once(';')?;
+            let (name, rest) = statement.split_once(|c: char| c.is_whitespace())?;
+            Some((name.to_owned(), words(rest.trim().strip_prefix("ON outboxes")?)))
+        };
+        Schema {
+            columns: between("CREATE TABLE outboxes (", "PRIMARY KEY").lines().filter_map(column).collect(),
+            checks: between("CREATE TABLE outboxes (", "PARTITION BY")
+                .split("CONSTRAINT ")
+                .skip(1)
+                .filter_map(check)
+                .collect(),
+            indexes: text.split("CREATE INDEX ").skip(1).filter_map(index).collect(),
+        }
+    }
+
+    /// The checks: name and condition.
+    pub fn checks(&self) -> &[(String, String)] {
+        &self.checks
+    }
+}
+
+/// What is called `outboxes`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing.
+    #[default]
+    Missing,
+    /// A table without partitions.
+    Plain,
+    /// A partitioned table, with its key as PostgreSQL prints it.
+    Partitioned(String),
+    /// A view or the like.
+    Other,
+}
+
+/// A column.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Column {
+    /// Its name.
+    pub name: String,
+    /// Its type as PostgreSQL prints it.
+    pub type_name: String,
+    /// It is NOT NULL.
+    pub not_null: bool,
+    /// It has a default.
+    pub has_default: bool,
+}
+
+/// A partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partition {
+    /// Its schema, quoted where it must be.
+    pub schema: String,
+    /// Its name.
+    pub name: String,
+    /// It is a table, and not itself partitioned or foreign.
+    pub is_table: bool,
+    /// Its size, for people.
+    pub size: String,
+    /// Its indexes.
+    pub indexes: Vec<PartIndex>,
+}
+
+/// An index of a partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartIndex {
+    /// Its name.
+    pub name: String,
+    /// Its building was finished.
+    pub valid: bool,
+    /// The index of the whole table that it is a part of.
+    pub part_of: Option<String>,
+}
+
+/// Rows of the last days that a check would refuse.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violated {
+    /// The check.
+    pub check: String,
+    /// How many.
+    pub rows: i64,
+    /// The first one.
+    pub seq: i64,
+}
+
+/// What is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The relation.
+    pub kind: Kind,
+    /// The schema's version is recorded: everything but what [`steps`] says is there.
+    pub complete: bool,
+    /// Columns, without dropped ones.
+    pub columns: Vec<Column>,
+    /// Columns of the primary key.
+    pub primary_key: Vec<String>,
+    /// `seq` has a sequence of its own.
+    pub has_sequence: bool,
+    /// Names of CHECK constraints.
+    pub checks: Vec<String>,
+    /// There is a DEFAULT partition.
+    pub has_default_partition: bool,
+    /// Something else is called as ours would be.
+    pub default_name_is_taken: bool,
+    /// Names of indexes of the whole table.
+    pub indexes: Vec<String>,
+    /// Partitions.
+    pub partitions: Vec<Partition>,
+    /// Functions that have the names of ours, as `name(types)`.
+    pub functions: Vec<String>,
+    /// Checks that writers do not keep.
+    pub violated: Vec<Violated>,
+}
+
+/// How a step is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// In a transaction, with a lock that writers meet: asked for during a moment, and again.
+    Instantly,
+    /// Outside of a transaction, for as long as it takes; writers go on.
+    Beside,
+}
+
+/// One thing to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// What, for people.
+    pub what: String,
+    /// The statement.
+    pub sql: String,
+    /// How.
+    pub how: How,
+}
+
+/// Why this table cannot be adopted, each with what to do; empty when it can.
+pub fn refusals(found: &Found) -> Vec<String> {
+    match &found.kind {
+        Kind::Missing => {
+            return vec!["there is no table outboxes: run pg-outbox migrate, without --adopt".into()];
+        }
+        Kind::Other => return vec!["outboxes is not a table".into()],
+        Kind::Plain => {
+            return vec![
+                "table outboxes is not partitioned, and cannot become so in place: rename it, run pg-outbox migrate, and \
+                 copy its unpublished rows into the new table in the order of seq; README.md has the statements"
+                    .into(),
+            ];
+        }
+        Kind::Partitioned(key) if key != "RANGE (created_at)" => {
+            return vec![format!("table outboxes is partitioned by {key}; it must be RANGE (created_at)")];
+        }
+        Kind::Partitioned(_) => {}
+    }
+    let mut refused = Vec::new();
+    for (name, types, not_null) in COLUMNS {
+        let Some(column) = found.columns.iter().find(|column| column.name == name) else {
+            refused.push(format!("column {name} is missing; it must be {}", types[0]));
+            continue;
+        };
+        let base = column.type_name.split('(').next().unwrap_or_default();
+        if !types.contains(&base) {
+            refused.push(format!("column {name} is {}; it must be {}", column.type_name, types.join(" or ")));
+        }
+        if not_null && !column.not_null {
+            refused.push(format!(
+                "column {name} may be NULL; add CHECK ({name} IS NOT NULL) NOT VALID, validate it, then SET NOT NULL"
+            ));
+        }
+    }
+    let mut key = found.primary_key.clone();
+    key.sort();
+    if key != ["created_at", "id"] {
+        refused.push(format!(
+            "the primary key is ({}); it must be (id, created_at)",
+            found.primary_key.join(", ")
+        ));
+    }
+    if !found.has_sequence {
+        refused.push("seq has no sequence of its own: ALTER SEQUENCE ... OWNED BY outboxes.seq, and make it the default".into());
+    }
+    for partition in found.partitions.iter().filter(|partition| !partition.is_table) {
+        refused.push(format!("partition {} is not an ordinary table", partition.name));
+    }
+    if found.default_name_is_taken && !found.has_default_partition {
+        refused
+            .push("a table outboxes_default is there that is not a partition of outboxes: rename it".into());
+    }
+    refused
+}
+
+/// What is missing around the table, in order.
+pub fn steps(found: &Found, schema: &Schema) -> Vec<Step> {
+    let mut steps: Vec<Step> = alter(found, schema).into_iter().collect();
+    for (name, rest) in schema.indexes.iter().filter(|(name, _)| !found.indexes.contains(name)) {
+        steps.push(Step {
+            what: format!("declare index {name}, without building it"),
+            sql: format!("CREATE INDEX {name} ON ONLY outboxes {rest}"),
+            how: How::Instantly,
+        });
+    }
+    if !found.has_default_partition {
+        steps.push(Step {
+            what: "add an empty DEFAULT partition, so that no insert fails for want of one".into(),
+            sql: "CREATE TABLE outboxes_default (LIKE outboxes INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE \
+                  INCLUDING COMPRESSION INCLUDING GENERATED) WITH (autovacuum_vacuum_scale_factor = 0.02, \
+                  autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.05); \
+                  ALTER TABLE outboxes ATTACH PARTITION outboxes_default DEFAULT"
+                .into(),
+            how: How::Instantly,
+        });
+    }
+    for partition in &found.partitions {
+        for (name, rest) in &schema.indexes {
+            steps.extend(build(partition, name, rest));
+        }
+    }
+    steps
+}
+
+/// What is done last: the names of ours are freed, and the schema's file adds the rest.
+pub fn renames(found: &Found) -> Vec<Step> {
+    let rename = |function: &String| {
+        let name = function.split('(').next().unwrap_or_default();
+        let name = name.rsplit('.').next().unwrap_or_default();
+        Step {
+            what: format!("rename function {function}, as ours of this name takes its place"),
+            sql: format!("ALTER FUNCTION {function} RENAME TO {name}_before_adoption"),
+            how: How::Instantly,
+        }
+    };
+    found.functions.iter().map(rename).collect()
+}
+
+/// What the operator should know, one line each.
+pub fn remarks(found: &Found, schema: &Schema) -> Vec<String> {
+    let missing = |check: &str| !found.checks.iter().any(|name| name == check);
+    let mut remarks: Vec<String> = found
+        .violated
+        .iter()
+        .filter(|violated| missing(&violated.check))
+        .map(|Violated { check, rows, seq }| {
+            format!(
+                "check {check} is left out: {rows} rows of the last 7 days would have been refused, the first one is \
+                 seq={seq}; such events become dead letters. Mend their writers, then run this again"
+            )
+        })
+        .collect();
+    let kept = |name: &str| !found.violated.iter().any(|violated| violated.check == name);
+    if schema.checks.iter().any(|(name, _)| missing(name) && kept(name)) {
+        remarks.push(
+            "checks hold for new rows; rows that are there now are left out, whatever they hold".into(),
+        );
+    }
+    remarks
+}
+
+/// Columns, defaults and checks: one statement, so that their lock is needed once.
+fn alter(found: &Found, schema: &Schema) -> Option<Step> {
+    let has = |name: &str| found.columns.iter().any(|column| column.name == name);
+    let without_default =
+        |name: &str| found.columns.iter().any(|column| column.name == name && !column.has_default);
+    let mut what = Vec::new();
+    let mut parts = Vec::new();
+    for (name, definition) in schema.columns.iter().filter(|(name, _)| !has(name)) {
+        what.push(format!("column {name}"));
+        parts.push(format!("'ADD COLUMN {name} {definition}'"));
+    }
+    let id = "coalesce(to_regprocedure('outbox_uuid()')::text, 'pg_catalog.uuidv7()')";
+    for (name, default) in [("id", id), ("created_at", "'now()'"), ("attempts", "'0'")] {
+        if without_default(name) {
+            what.push(format!("a default of {name}"));
+            parts.push(format!("'ALTER COLUMN {name} SET DEFAULT ' || {default}"));
+        }
+    }
+    for (name, condition) in &schema.checks {
+        let left_out = found.violated.iter().any(|violated| violated.check == *name);
+        if !found.checks.contains(name) && !left_out {
+            what.push(format!("check {name} for new rows"));
+            parts.push(format!(
+                "'ADD CONSTRAINT {name} CHECK (({}) OR seq <= ' || last || ') NOT VALID'",
+                condition.replace('\'', "''")
+            ));
+        }
+    }
+    if parts.is_empty() {
+        return None;
+    }
+    let mut sql = String::from(
+        "DO $adopt$ DECLARE last bigint; BEGIN LOCK TABLE outboxes IN ACCESS EXCLUSIVE MODE; \
+         last := coalesce(pg_sequence_last_value(pg_get_serial_sequence('outboxes', 'seq')::regclass), 0); \
+         EXECUTE 'ALTER TABLE outboxes ' || ",
+    );
+    let _ = write!(sql, "{}; END $adopt$", parts.join(" || ', ' || "));
+    Some(Step { what: format!("add {}", what.join(", ")), sql, how: How::Instantly })
+}
+
+/// The part of an index that a partition lacks.
+fn build(partition: &Partition, index: &str, rest: &str) -> Vec<Step> {
+    let Partition { schema, name: table, size, indexes, .. } = partition;
+    if indexes.iter().any(|found| found.part_of.as_deref() == Some(index)) {
+        return Vec::new();
+    }
+    let name = part_name(table, index);
+    let (quoted_name, quoted_table) = (quoted(&name), quoted(table));
+    let there = indexes.iter().find(|found| found.name == name);
+    let mut steps = Vec::new();
+    if there.is_some_and(|found| !found.valid) {
+        steps.push(Step {
+            what: format!("drop index {name}, which was not built to its end"),
+            sql: format!("DROP INDEX CONCURRENTLY {schema}.{quoted_name}"),
+            how: How::Beside,
+        });
+    }
+    if there.is_none_or(|found| !found.valid) {
+        steps.push(Step {
+            what: format!("build index {name} on {table} ({size})"),
+            sql: format!("CREATE INDEX CONCURRENTLY {quoted_name} ON {schema}.{quoted_table} {rest}"),
+            how: How::Beside,
+        });
+    }
+    steps.push(Step {
+        what: format!("make it a part of {index}"),
+        sql: format!("ALTER INDEX {index} ATTACH PARTITION {schema}.{quoted_name}"),
+        how: How::Instantly,
+    });
+    steps
+}
+
+/// What the part of an index on this partition is called; long names end in a number that tells them apart.
+fn part_name(table: &str, index: &str) -> String {
+    let kind = index.strip_prefix("outboxes_").unwrap_or(index);
+    let name = format!("{table}_{kind}");
+    if name.len() <= NAME_MAX_BYTES {
+        return name;
+    }
+    // FNV-1a
+    let number =
+        table.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let end = format!("_{number:08x}_{kind}");
+    let mut start = table.to_owned();
+    while start.len() + end.len() > NAME_MAX_BYTES && start.pop().is_some() {}
+    start + &end
+}
+
+/// A name as an identifier.
+pub fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schema() -> Schema {
+        Schema::read(include_str!("../schema/001_outbox.sql"))
+    }
+
+    fn column(name: &str, type_name: &str) -> Column {
+        let not_null = ["id", "seq", "created_at", "topic", "payload"].contains(&name);
+        Column { name: name.into(), type_name: type_name.into(), not_null, has_default: name == "seq" }
+    }
+
+    /// As the seed's program makes it.
+    fn seed() -> Found {
+        Found {
+            kind: Kind::Partitioned("RANGE (created_at)".into()),
+            columns: COLUMNS
+                .iter()
+                .map(|(name, types, _)| {
+                    column(name, if *name == "topic" { "character varying(255)" } else { types[0] })
+                })
+                .collect(),
+            primary_key: vec!["id".into(), "created_at".into()],
+            has_sequence: true,
+            partitions: vec![Partition {
+                schema: "public".into(),
+                name: "outboxes_2024_02".into(),
+                is_table: true,
+                size: "1 MB".into(),
+                indexes: Vec::new(),
+            }],
+            functions: vec!["cleanup_old_outbox_events(integer)".into()],
+            ..Found::default()
+        }
+    }
+
+    #[test]
+    fn the_schema_s_file_says_what_an_outbox_has() {
+        let schema = schema();
+        let names =
+            |pairs: &[(String, String)]| pairs.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        let columns = names(&schema.columns);
+        for (name, ..) in COLUMNS {
+            assert!(columns.contains(&name.to_owned()), "{columns:?}");
+        }
+        assert!(schema.columns.contains(&("dead_at".into(), "timestamptz".into())), "{:?}", schema.columns);
+        assert_eq!(
+            names(&schema.checks),
+            ["outboxes_metadata_is_object", "outboxes_topic_is_literal_subject"]
+        );
+        assert_eq!(schema.checks[0].1, "jsonb_typeof(metadata) = 'object'");
+        assert!(schema.checks[1].1.ends_with(")*$'"), "{}", schema.checks[1].1);
+        let text = include_str!("../schema/001_outbox.sql");
+        assert_eq!(schema.indexes.len(), text.matches("CREATE INDEX ").count());
+        assert!(schema.indexes.len() >= 4);
+        for (name, rest) in &schema.indexes {
+            assert!(
+                name.starts_with("outboxes_") && rest.starts_with('(') && rest.contains("WHERE"),
+                "{name} {rest}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_adopted_is_told_what_to_do() {
+        let edit = |what: &dyn Fn(&mut Found)| {
+            let mut found = seed();
+            what(&mut found);
+            refusals(&found).join("\n")
+        };
+        let retype = |name: &'static str, type_name: &'static str| {
+            edit(&|found| {
+                found.columns.iter_mut().filter(|column| column.name == name).for_each(|column| {
+                    column.type_name = type_name.into();
+                });
+            })
+        };
+        let cases = [
+            (edit(&|found| found.kind = Kind::Missing), "run pg-outbox migrate, without --adopt"),
+            (edit(&|found| found.kind = Kind::Other), "not a table"),
+            (edit(&|found| found.kind = Kind::Plain), "rename it, run pg-outbox migrate"),
+            (
+                edit(&|found| found.kind = Kind::Partitioned("LIST (topic)".into())),
+                "must be RANGE (created_at)",
+            ),
+            (retype("id", "text"), "column id is text; it must be uuid"),
+            (retype("payload", "json"), "column payload is json; it must be jsonb"),
+            (retype("created_at", "timestamp without time zone"), "it must be timestamp with time zone"),
+            (retype("topic", "integer"), "it must be text or character varying"),
+            (edit(&|found| found.columns.truncate(8)), "column last_error is missing; it must be text"),
+            (edit(&|found| found.columns[3].not_null = false), "column topic may be NULL"),
+            (edit(&|found| found.primary_key = vec!["id".into()]), "the primary key is (id)"),
+            (edit(&|found| found.has_sequence = false), "OWNED BY outboxes.seq"),
+            (edit(&|found| found.partitions[0].is_table = false), "partition outboxes_2024_02 is not"),
+            (edit(&|found| found.default_name_is_taken = true), "a table outboxes_default is there"),
+        ];
+        for (refused, part) in cases {
+            assert!(refused.contains(part) && !refused.contains('\n'), "{part}: {refused}");
+        }
+        let fine = [
+            edit(&|_| {}),
+            retype("topic", "text"),
+            edit(&|found| found.primary_key = vec!["created_at".into(), "id".into()]),
+            edit(&|found| found.columns.push(column("tenant", "integer"))),
+        ];
+        assert_eq!(fine, [""; 4]);
+    }
+
+    fn what(steps: &[Step]) -> Vec<&str> {
+        steps.iter().map(|step| step.what.as_str()).collect()
+    }
+
+    #[test]
+    fn the_steps_are_what_is_missing() {
+        let schema = schema();
+        let all = steps(&seed(), &schema);
+        let indexes = schema.indexes.len();
+        // One ALTER, an index of the whole and of the part each, its attaching, and DEFAULT.
+        assert_eq!(all.len(), 1 + indexes * 3 + 1, "{:?}", what(&all));
+        assert!(all[0].what.contains("column next_attempt_at") && all[0].what.contains("a default of id"));
+        assert!(
+            all[0].sql.contains("CHECK ((jsonb_typeof(metadata) = ''object'') OR seq <= ' || last"),
+            "{}",
+            all[0].sql
+        );
+        let beside: Vec<&Step> = all.iter().filter(|step| step.how == How::Beside).collect();
+        assert!(beside.len() == indexes && beside.iter().all(|step| step.sql.contains("CONCURRENTLY")));
+
+        // Interrupted while the second index was built.
+        let mut later = seed();
+        later.columns.iter_mut().for_each(|column| column.has_default = true);
+        later.columns.extend(schema.columns.iter().skip(9).map(|(name, _)| column(name, "x")));
+        later.checks = schema.checks.iter().map(|(name, _)| name.clone()).collect();
+        later.indexes = schema.indexes.iter().map(|(name, _)| name.clone()).collect();
+        later.has_default_partition = true;
+        let part = |index: usize, valid, part_of: bool| PartIndex {
+            name: part_name("outboxes_2024_02", &schema.indexes[index].0),
+            valid,
+            part_of: part_of.then(|| schema.indexes[index].0.clone()),
+        };
+        later.partitions[0].indexes = vec![part(0, true, true), part(1, false, false), part(2, true, false)];
+        let rest = steps(&later, &schema);
+        let expected = ["drop index", "build index", "make it a part", "make it a part"];
+        assert!(
+            rest.iter().zip(expected).all(|(step, start)| step.what.starts_with(start)),
+            "{:?}",
+            what(&rest)
+        );
+
+        // Done.
+        later.partitions[0].indexes = (0..indexes).map(|index| part(index, true, true)).collect();
+        assert_eq!(what(&steps(&later, &schema)), [""; 0]);
+        assert_eq!(
+            renames(&seed())[0].sql,
+            "ALTER FUNCTION cleanup_old_outbox_events(integer) RENAME TO cleanup_old_outbox_events_before_adoption"
+        );
+    }
+
+    #[test]
+    fn a_check_that_writers_do_not_keep_is_left_out_and_said() {
+        let mut found = seed();
+        let check = "outboxes_metadata_is_object".to_owned();
+        found.violated = vec![Violated { check: check.clone(), rows: 7, seq: 42 }];
+        let alter = &steps(&found, &schema())[0];
+        assert!(!alter.sql.contains(&check) && alter.sql.contains("outboxes_topic_is_literal_subject"));
+        let said = remarks(&found, &schema());
+        assert!(said[0].contains("7 rows") && said[0].contains("seq=42"), "{said:?}");
+        assert!(said[1].contains("new rows"), "{said:?}");
+    }
+
+    #[test]
+    fn names_of_parts_fit_and_differ() {
+        assert_eq!(part_name("outboxes_2024_02", "outboxes_dead_by_key"), "outboxes_2024_02_dead_by_key");
+        let long = |end: &str| part_name(&format!("{}{end}", "p".repeat(58)), "outboxes_fresh_by_lane");
+        assert!(long("a").len() <= NAME_MAX_BYTES && long("a") != long("b"), "{}", long("a"));
+        assert_eq!(quoted("a\"b"), "\"a\"\"b\"");
+    }
+}
