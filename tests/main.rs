@@ -16,6 +16,7 @@ mod containers;
 mod cost;
 mod delivery;
 mod demo;
+mod dependencies;
 mod faults;
 mod harness;
 mod harness_test;
