@@ -6,4 +6,16 @@
 //! clients that share no code. Rows and clients meet real servers. Only the servers that lie are our own, as a real one
 //! does not; a real one takes over from each.
 
+mod http;
 mod rows;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Stops those who wait for this flag, also when a test fails: its scope waits for them.
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
