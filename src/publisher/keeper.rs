@@ -37,6 +37,8 @@ const DIAL_WAITS: u32 = 8;
 const DIALS_MAX: usize = 5;
 /// Times `nats.ack_timeout` that one check may take: a probe, and creating the stream.
 const CHECK_WAITS: u32 = 2;
+/// Servers of a cluster that we remember: a server can name any number.
+const LEARNT_MAX: usize = 64;
 /// Without a beat for so much longer than those, the thread counts as stuck.
 const STUCK: Duration = Duration::from_secs(120);
 /// Attempts to connect that may hang inside the crate, where nothing can end them. More than this would need
@@ -46,10 +48,10 @@ const HANGING_DIALS_MAX: usize = 16;
 /// The thread that connects, probes and watches over the gate.
 pub struct Keeper {
     publisher: Publisher,
-    /// Every server we know: the configured ones, and those that the cluster told us of.
-    /// Beside each, the name that its certificate must be for.
-    servers: BTreeMap<String, String>,
-    /// Which server is dialled next.
+    /// The servers that the cluster told us of last, beside the configured ones, each with the name that its
+    /// certificate must be for.
+    learnt: BTreeMap<String, String>,
+    /// Counts the attempts to connect: which server is dialled first.
     turn: usize,
     /// What did not fit when the stream was last looked at.
     found: Vec<Finding>,
@@ -67,10 +69,8 @@ pub struct Survey {
 
 impl Keeper {
     pub(super) fn new(publisher: Publisher) -> Keeper {
-        let configured = publisher.0.settings.servers.iter();
-        let servers = configured.map(|url| (url.clone(), host(url).to_owned())).collect();
         // Instances that start together do not all go to the same server.
-        Keeper { publisher, servers, turn: fastrand::usize(..1024), found: Vec::new() }
+        Keeper { publisher, learnt: BTreeMap::new(), turn: fastrand::usize(..1024), found: Vec::new() }
     }
 
     /// Runs until `stop` fires. What of the stream does not fit `live` and `sent_again_within` (see
@@ -270,32 +270,30 @@ impl Keeper {
         let _ = self.shared().gate_opened.0.try_send(());
     }
 
-    /// Connects to the first known server that takes us, of all in turn.
+    /// Connects to the first known server that takes us, of some of them in turn.
     ///
     /// # Errors
     /// What the last one said.
     fn dial(&mut self) -> Result<()> {
-        let others = self.servers.len().min(DIALS_MAX) - 1;
-        let mut dialled = self.dial_next();
-        for _ in 0..others {
-            let Err(error) = dialled else { break };
-            log::debug!("not connected, trying the next server: {error:#}");
-            dialled = self.dial_next();
+        let servers = in_turn(&self.shared().settings.servers, self.learnt.keys(), self.turn);
+        self.turn += 1;
+        let mut dialled = Err(anyhow!("nats.url names no server"));
+        for server in servers {
+            if let Err(error) = &dialled {
+                log::debug!("not connected, trying {server}: {error:#}");
+            }
+            dialled = self.dial_to(&server);
+            if dialled.is_ok() {
+                break;
+            }
         }
         dialled
     }
 
-    /// Connects to the next known server and makes the result the present link.
-    fn dial_next(&mut self) -> Result<()> {
-        let (server, name) = self
-            .servers
-            .iter()
-            .nth(self.turn % self.servers.len())
-            .map(|(server, name)| (server.clone(), name.clone()))
-            .context("nats.url names no server")?;
-        self.turn += 1;
-        let link =
-            self.dial_server(&server, &name).with_context(|| format!("connect to nats at {server}"))?;
+    /// Connects to a server and makes the result the present link.
+    fn dial_to(&mut self, server: &str) -> Result<()> {
+        let name = self.learnt.get(server).map_or(host(server), String::as_str).to_owned();
+        let link = self.dial_server(server, &name).with_context(|| format!("connect to nats at {server}"))?;
         self.meet(&link, &name)?;
         log::info!("connected: nats={} link={}", link.server, link.id);
         self.shared().metrics.nats_connected();
@@ -378,13 +376,35 @@ impl Keeper {
             return Err(anyhow!(cause));
         };
         let scheme = if link.server.starts_with("tls://") { "tls" } else { "nats" };
-        for address in cluster(&echo) {
-            let url = format!("{scheme}://{address}");
-            let expected = name_of_learnt(host(&url), name).to_owned();
-            self.servers.entry(url).or_insert(expected);
+        let told = cluster(&echo);
+        if !told.is_empty() {
+            let learnt = told.iter().take(LEARNT_MAX).map(|address| {
+                let url = format!("{scheme}://{address}");
+                let expected = name_of_learnt(host(&url), name).to_owned();
+                (url, expected)
+            });
+            let configured = &self.publisher.0.settings.servers;
+            self.learnt = learnt.filter(|(url, _)| !configured.contains(url)).collect();
         }
         Ok(())
     }
+}
+
+/// The servers of one attempt to connect, the `turn`-th: a configured one first, whatever others told us, and then of
+/// the others those whose turn it is.
+fn in_turn<'a>(
+    configured: &'a [String],
+    learnt: impl Iterator<Item = &'a String>,
+    turn: usize,
+) -> Vec<String> {
+    let Some(first) = configured.get(turn % configured.len().max(1)) else { return Vec::new() };
+    let mut others: Vec<&String> =
+        configured.iter().chain(learnt).filter(|server| *server != first).collect();
+    if !others.is_empty() {
+        let done = turn.wrapping_mul(DIALS_MAX - 1) % others.len();
+        others.rotate_left(done);
+    }
+    std::iter::once(first).chain(others).take(DIALS_MAX).cloned().collect()
 }
 
 /// The host of `nats://host:port`, an IPv6 address without its brackets.
@@ -443,5 +463,24 @@ mod tests {
     fn this_machine_has_a_few_names() {
         assert!(["localhost", "LOCALHOST", "127.0.0.9", "::1"].iter().all(|host| is_local(host)));
         assert!(["db", "10.0.0.1", "127.1", "localhost.example.org"].iter().all(|host| !is_local(host)));
+    }
+
+    #[test]
+    fn every_server_has_its_turn_and_a_configured_one_is_first() {
+        let named = |prefix: &str, count: usize| -> Vec<String> {
+            (0..count).map(|number| format!("{prefix}{number}")).collect()
+        };
+        assert!(in_turn(&[], named("l", 3).iter(), 7).is_empty());
+        for (configured, learnt) in [(1, 0), (1, 2), (3, 0), (2, 3), (1, 64), (7, 64)] {
+            let (configured, learnt) = (named("c", configured), named("l", learnt));
+            let mut missing: Vec<&String> = configured.iter().chain(&learnt).collect();
+            for turn in 1_000..1_000 + 64 {
+                let servers = in_turn(&configured, learnt.iter(), turn);
+                assert_eq!(servers.len(), (configured.len() + learnt.len()).min(DIALS_MAX));
+                assert!(configured.contains(&servers[0]), "{servers:?}");
+                missing.retain(|server| !servers.contains(server));
+            }
+            assert!(missing.is_empty(), "{configured:?} {missing:?}");
+        }
     }
 }

@@ -283,6 +283,7 @@ impl Dial {
         let (disconnected, lingering, erring) = (down.clone(), down.clone(), down.clone());
         let last_error = Arc::new(Mutex::new(None::<String>));
         let said = last_error.clone();
+        let errors = AtomicU64::new(0);
         login
             .with_name(&self.name)
             .reconnect_buffer_size(0)
@@ -304,8 +305,10 @@ impl Dial {
                     }
                     return;
                 }
-                if !erring.is_set() {
-                    log::warn!("nats says: {error}");
+                // A server may say so without end: the 1st, 2nd, 4th, 8th ... is logged.
+                let times = errors.fetch_add(1, Ordering::Relaxed) + 1;
+                if !erring.is_set() && times.is_power_of_two() {
+                    log::warn!("nats says: {error}: times={times}");
                 }
                 *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             })

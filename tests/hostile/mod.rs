@@ -7,6 +7,8 @@
 //! does not; a real one takes over from each.
 
 mod http;
+mod liar;
+mod nats;
 mod rows;
 
 use std::sync::atomic::{AtomicBool, Ordering};
