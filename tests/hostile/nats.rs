@@ -1,13 +1,13 @@
 //! NATS servers that lie, say nonsense or break off. A real one takes over from each on the same port, and everything
 //! committed is then in the stream once and in order.
 
-use std::collections::HashMap;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::super::delivery::wait_drained;
 use super::super::harness::stream::shared_nats;
 use super::super::harness::{Config, Daemon, TestDb, TestStream, database, stream, wait_until};
+use super::assert_stored_once_and_in_order;
 use super::liar::{Liar, Lie};
 
 const LIMIT: Duration = Duration::from_secs(90);
@@ -181,16 +181,7 @@ impl Stage {
     /// Everything is in the stream once and in order.
     fn judge(mut self) {
         wait_drained(&self.db, &self.stream, &[&self.daemon], LIMIT);
-        let messages = self.stream.messages();
-        let rows = self.db.number("SELECT count(*) FROM outboxes");
-        assert_eq!((self.db.dead(), i64::try_from(messages.len()).unwrap()), (0, rows));
-        let mut last: HashMap<String, i64> = HashMap::new();
-        for message in &messages {
-            let key = message.header("ordering-key").unwrap().to_owned();
-            let seq = message.header("Outbox-Seq").unwrap().parse().unwrap();
-            let before = last.insert(key, seq).unwrap_or(0);
-            assert!(before < seq, "{before} before {seq}");
-        }
+        assert_stored_once_and_in_order(&self.db, &self.stream);
         assert!(self.daemon.running());
     }
 }
