@@ -10,6 +10,7 @@ mod http;
 mod liar;
 mod nats;
 mod postgres;
+mod properties;
 mod rows;
 
 use std::collections::HashMap;

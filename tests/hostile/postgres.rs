@@ -124,7 +124,8 @@ impl Counts {
 /// From the first message on, each cut falls one message later than the last one, through many claims.
 fn survives_cuts(way: Way) {
     const CUTS: usize = 50;
-    const KEYS: i64 = 20;
+    // So few that the life of a claim is some 50 messages.
+    const KEYS: i64 = 4;
     let (db, stream) = (database(), stream());
     let cutter = Cutter::before(shared_postgres().port(), way, 1);
     // Without sslmode the server answers the question for TLS with a byte that is no message.
@@ -136,8 +137,8 @@ fn survives_cuts(way: Way) {
     let daemon = Daemon::start(&config);
     let begun = Instant::now();
     wait_until("every message was cut before", LIMIT, &[&daemon, &db], || {
-        if db.pending() < 20 {
-            db.events("t", 40, KEYS);
+        if db.pending() < KEYS {
+            db.events("t", KEYS, KEYS);
         }
         assert_eq!(daemon.get("/health").0, 200, "{}", daemon.log());
         cutter.cuts() >= CUTS

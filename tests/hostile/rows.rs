@@ -149,7 +149,7 @@ const HEAVY: &[(&str, &str, Expected)] = &[
 ];
 
 /// A table without our CHECKs.
-fn adopted() -> TestDb {
+pub(super) fn adopted() -> TestDb {
     let db = database();
     db.execute(
         "ALTER TABLE outboxes DROP CONSTRAINT outboxes_metadata_is_object,
@@ -252,7 +252,7 @@ fn judge(db: &TestDb, stream: &TestStream, rows: &[(i64, Expected)], moment: Dur
 }
 
 /// What is published is in the stream once, on its subject, with its id and its payload, whoever reads it.
-fn judge_stream(db: &TestDb, stream: &TestStream) {
+pub(super) fn judge_stream(db: &TestDb, stream: &TestStream) {
     let rows = db
         .client()
         .query(
