@@ -280,7 +280,8 @@ BEGIN
             RAISE EXCEPTION 'month % is not between 1970-01-01 and 9999-11-30', coalesce(month::text, 'NULL')
                 USING ERRCODE = 'invalid_parameter_value';
         END IF;
-        IF pg_get_partkeydef(parent_table) IS DISTINCT FROM 'RANGE (created_at)' THEN
+        -- The quotes are those of the setting quote_all_identifiers.
+        IF replace(pg_get_partkeydef(parent_table), '"', '') IS DISTINCT FROM 'RANGE (created_at)' THEN
             RAISE EXCEPTION 'table % is not partitioned by RANGE (created_at)', parent_table
                 USING ERRCODE = 'wrong_object_type';
         END IF;
@@ -385,7 +386,8 @@ BEGIN
     -- it. Times come from the server's clock. Each waits at most 100 ms for a lock, as everybody who wants to
     -- insert would wait with it.
 
-    -- The partitions and their bounds; those of the DEFAULT partition are NULL.
+    -- The partitions and their bounds; those of the DEFAULT partition are NULL. No backslash: with the setting
+    -- standard_conforming_strings off it means something else.
     CREATE FUNCTION outbox_partitions(
         OUT partition name, OUT lower_bound timestamptz, OUT upper_bound timestamptz, OUT is_default boolean
     ) RETURNS SETOF record
@@ -395,9 +397,9 @@ BEGIN
     AS $body$
         SELECT c.relname,
                CASE WHEN b.bound LIKE 'FOR VALUES FROM (MINVALUE)%' THEN '-infinity'
-                    ELSE substring(b.bound FROM '^FOR VALUES FROM \(''([^'']+)''\)')::timestamptz END,
+                    ELSE substring(b.bound FROM '^FOR VALUES FROM [(]''([^'']+)''[)]')::timestamptz END,
                CASE WHEN b.bound LIKE '% TO (MAXVALUE)' THEN 'infinity'
-                    ELSE substring(b.bound FROM ' TO \(''([^'']+)''\)$')::timestamptz END,
+                    ELSE substring(b.bound FROM ' TO [(]''([^'']+)''[)]$')::timestamptz END,
                b.bound = 'DEFAULT'
           FROM pg_inherits i
           JOIN pg_class c ON c.oid = i.inhrelid

@@ -195,6 +195,9 @@ impl Claimer {
                 Ok(problems) if problems.is_empty() => {
                     self.health.set(Part::Postgres, Ok(()));
                     self.health.set(Part::Schema, Ok(()));
+                    for hidden in self.store.hidden().unwrap_or_default() {
+                        log::warn!("{hidden}");
+                    }
                     return Next::Claim;
                 }
                 Ok(problems) => {

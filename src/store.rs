@@ -36,7 +36,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::DerefMut;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use log::debug;
@@ -74,6 +74,8 @@ const APPLICATION_NAME_MAX_BYTES: usize = 63;
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The backlog is worth this much and no more.
 const BACKLOG_TIMEOUT: Duration = Duration::from_secs(10);
+/// `idle_session_timeout`: what a server says that has ended a session for it.
+const IDLE_FOR_TOO_LONG: &str = "57P05";
 /// The plans of a claim are part of the design. Each of its searches has exactly one index that fits; these
 /// keep the planner from preferring a scan or a hash where the tables looked empty when it planned. A plan
 /// is made once a connection, and neither compiled nor made anew for each set of parameters. One statement, as
@@ -82,6 +84,12 @@ pub const CLAIM_PLANS: &str = "SELECT set_config('plan_cache_mode', 'force_gener
      set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true), \
      set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true), \
      set_config('enable_memoize', 'off', true), set_config('jit', 'off', true)";
+
+/// For a `SELECT`: our transactions have limits of their own, and none that a role or a server sets for its usual
+/// work. (Before PostgreSQL 17 there is no transaction_timeout to set.)
+const NO_OTHER_LIMITS: &str = "set_config('lock_timeout', '0', true), \
+     CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL \
+          THEN set_config('transaction_timeout', '0', true) END";
 
 /// The migrations in order; each records its version in `outbox_schema` and does nothing the second time.
 const MIGRATIONS: &[(i32, &str)] = &[(1, include_str!("../schema/001_outbox.sql"))];
@@ -126,6 +134,8 @@ struct Shared {
     /// Begins a claim's transaction, with its settings, in one round trip.
     begin_claim: String,
     preparing: Preparing,
+    /// Counts the ages of connections: one ends when a connection is lost.
+    age: Arc<AtomicU64>,
 }
 
 /// What the pool holds right now.
@@ -177,6 +187,7 @@ impl Store {
     /// The DSN, or a certificate file that it names, cannot be used. The message never holds a secret of them.
     pub fn new(database: &Database, instance_id: &str, settings: ClaimSettings) -> Result<Store, StoreError> {
         let target = Target::new(&database.dsn, &database.parts, instance_id, database.connect_timeout)?;
+        let age = Arc::new(AtomicU64::new(0));
         // All written out: by default r2d2 keeps as many idle connections as it may open, asks each one
         // whether it lives before handing it out, and logs every failure as an error. Its three threads
         // open connections, and go on trying while there is none.
@@ -188,7 +199,7 @@ impl Store {
             .idle_timeout(Some(Duration::from_secs(10 * 60)))
             .connection_timeout(database.connect_timeout.max(Duration::from_millis(1)))
             .error_handler(Box::new(LogAtDebug))
-            .build_unchecked(Manager { target: target.clone() });
+            .build_unchecked(Manager { target: target.clone(), age: age.clone() });
         let shared = Shared {
             address: target.address(),
             target,
@@ -199,6 +210,7 @@ impl Store {
             backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
             begin_claim: begin_claim(&settings),
             preparing: Preparing::new(database.prepared_statements),
+            age,
             settings,
         };
         Ok(Store { pool, shared: Arc::new(shared) })
@@ -209,8 +221,7 @@ impl Store {
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn open(&self) -> Result<Opening, StoreError> {
-        let mut connection = self.connection()?;
-        connection.begin(&self.shared.begin_claim)?;
+        let connection = self.begin(&self.shared.begin_claim)?;
         Ok(Opening { transaction: Transaction(Some(connection)), shared: self.shared.clone() })
     }
 
@@ -220,8 +231,7 @@ impl Store {
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn horizon(&self) -> Result<Option<Reading>, StoreError> {
-        let mut connection = self.connection()?;
-        connection.begin(&begin_reading(STATEMENT_TIMEOUT))?;
+        let mut connection = self.begin(&begin_reading(STATEMENT_TIMEOUT))?;
         let last_seq: Option<i64> = first(&connection.query(&LAST_SEQ, &[])?, |row| row.try_get(0))?;
         let rows = connection.query(&OPEN_WRITERS, &[])?;
         connection.batch("COMMIT")?;
@@ -303,6 +313,22 @@ impl Store {
         Ok(missing.into_iter().map(|what| format!("{what} is missing; run `pg-outbox migrate`")).collect())
     }
 
+    /// What hides events from this role, in words; empty where nothing does.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses; among others, the schema is not there.
+    pub fn hidden(&self) -> Result<Vec<String>, StoreError> {
+        let tables: Vec<String> =
+            read_all(&self.read(STATEMENT_TIMEOUT, &HIDDEN, &[])?, |row| row.try_get(0))?;
+        let words = |table: String| {
+            format!(
+                "row-level security of table {table} may hide rows from this role, and what it hides is not published: \
+                 give the role BYPASSRLS, or a policy FOR ALL USING (true)"
+            )
+        };
+        Ok(tables.into_iter().map(words).collect())
+    }
+
     /// Open and idle connections of the pool.
     pub fn pool_state(&self) -> PoolState {
         let state = self.pool.state();
@@ -332,10 +358,14 @@ impl Store {
         };
         let order = order.unwrap_or_default().replace('\'', "''");
         for (_, text) in MIGRATIONS {
-            // In one message: the setting belongs to the transaction that the file begins, and ends with it. It takes no
-            // snapshot, so that the file may still choose the isolation level.
+            // In one message: the settings belong to the transaction that the file begins, and end with it. They take no
+            // snapshot, so that the file may still choose the isolation level. What limits the role's usual work is
+            // not meant for this.
             client
-                .batch_execute(&format!("SET LOCAL pg_outbox.\"order\" = '{order}'; {text}"))
+                .batch_execute(&format!(
+                    "SET LOCAL pg_outbox.\"order\" = '{order}'; SET LOCAL statement_timeout = 0; \
+                     SET LOCAL lock_timeout = 0; {text}"
+                ))
                 .map_err(sql)?;
         }
         let version = schema_version(&mut client)?;
@@ -343,8 +373,34 @@ impl Store {
         Ok(Migrated { applied: applied.collect(), version })
     }
 
-    /// Takes a connection from the pool, waiting for up to `connect_timeout`.
+    /// Begins a transaction on a connection from the pool, by statements as [`Connection::begin`] wants them. Where the
+    /// server has ended the session as it was idle for too long, another one is taken, as often as there can be such.
+    fn begin(&self, text: &str) -> Result<Connection, StoreError> {
+        let mut connection = self.connection()?;
+        for _ in 0..self.pool.max_size() {
+            match connection.begin(text) {
+                Err(error) if error.sqlstate() == Some(IDLE_FOR_TOO_LONG) => {
+                    drop(connection);
+                    connection = self.connection()?;
+                }
+                begun => return begun.map(|()| connection),
+            }
+        }
+        connection.begin(text).map(|()| connection)
+    }
+
+    /// Takes a connection from the pool that is not known to be of the past, waiting for up to `connect_timeout`.
     fn connection(&self) -> Result<Connection, StoreError> {
+        loop {
+            let mut connection = self.any_connection()?;
+            if connection.pooled.age == self.shared.age.load(Ordering::Relaxed) {
+                return Ok(connection);
+            }
+            connection.pooled.doomed = true;
+        }
+    }
+
+    fn any_connection(&self) -> Result<Connection, StoreError> {
         let pooled = self.pool.get().map_err(|error| {
             // The cause in it is our own text; a pool that is merely used up has none.
             let text = error.to_string();
@@ -371,8 +427,7 @@ impl Store {
         query: &Query,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        let mut connection = self.connection()?;
-        connection.begin(&begin_reading(timeout))?;
+        let mut connection = self.begin(&begin_reading(timeout))?;
         let rows = connection.query(query, params)?;
         connection.batch("COMMIT")?;
         Ok(rows)
@@ -778,6 +833,12 @@ impl StoreError {
         }
     }
 
+    /// The server ended the session, or it is lost without a word.
+    fn has_ended_the_session(&self) -> bool {
+        self.outage
+            && self.sqlstate.as_deref().is_none_or(|code| code.starts_with("57P") || code.starts_with("08"))
+    }
+
     fn outage(text: String) -> StoreError {
         StoreError { text, sqlstate: None, outage: true }
     }
@@ -843,6 +904,7 @@ const SETTLE_DEAD: Query = query!("settle_dead", UUID_ARRAY, TIMESTAMPTZ_ARRAY, 
 const OUTLOOK: Query = query!("outlook", INT8);
 const BACKLOG: Query = query!("backlog");
 const SCHEMA_PROBLEMS: Query = query!("schema_problems");
+const HIDDEN: Query = query!("hidden");
 const MISSING_LANES: Query = query!("missing_lanes");
 const SERVER_VERSION: Query = query!("server_version");
 
@@ -898,7 +960,15 @@ impl Connection {
         let session = self.pooled.deref_mut();
         let result = work(session);
         session.doomed |= result.is_err();
-        result.map_err(|error| self.shared.preparing.failed(StoreError::from(&error)))
+        let age = session.age;
+        result.map_err(|error| {
+            let error = StoreError::from(&error);
+            if error.has_ended_the_session() {
+                // It may have ended all that are as old.
+                let _ = self.shared.age.compare_exchange(age, age + 1, Ordering::Relaxed, Ordering::Relaxed);
+            }
+            self.shared.preparing.failed(error)
+        })
     }
 }
 
@@ -914,6 +984,8 @@ impl Drop for Connection {
 struct Session {
     client: Client,
     doomed: bool,
+    /// How many ages had ended when it was made.
+    age: u64,
     /// The server process of its first transaction.
     served_by: Option<i32>,
     statements: HashMap<&'static str, Statement>,
@@ -937,6 +1009,7 @@ fn typed<'p>(query: &Query, params: &[&'p (dyn ToSql + Sync)]) -> Vec<(&'p (dyn 
 
 struct Manager {
     target: Target,
+    age: Arc<AtomicU64>,
 }
 
 impl ManageConnection for Manager {
@@ -944,8 +1017,9 @@ impl ManageConnection for Manager {
     type Error = StoreError;
 
     fn connect(&self) -> Result<Session, StoreError> {
+        let age = self.age.load(Ordering::Relaxed);
         let client = self.target.connect()?;
-        Ok(Session { client, doomed: false, served_by: None, statements: HashMap::new() })
+        Ok(Session { client, doomed: false, age, served_by: None, statements: HashMap::new() })
     }
 
     fn is_valid(&self, session: &mut Session) -> Result<(), StoreError> {
@@ -1162,7 +1236,7 @@ fn begin_claim(settings: &ClaimSettings) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
          {CLAIM_PLANS}, set_config('idle_in_transaction_session_timeout', '{}', true), \
-         set_config('statement_timeout', '{}', true){commit}, pg_backend_pid()",
+         set_config('statement_timeout', '{}', true){commit}, {NO_OTHER_LIMITS}, pg_backend_pid()",
         milliseconds(settings.idle_in_transaction_timeout),
         milliseconds(STATEMENT_TIMEOUT),
     )
@@ -1172,7 +1246,7 @@ fn begin_claim(settings: &ClaimSettings) -> String {
 fn begin_reading(timeout: Duration) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; \
-         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), pg_backend_pid()",
+         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), {NO_OTHER_LIMITS}, pg_backend_pid()",
         milliseconds(timeout)
     )
 }

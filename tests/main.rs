@@ -35,6 +35,7 @@ mod reload;
 mod roles;
 mod sandbox;
 mod schema;
+mod settings;
 mod status;
 mod systemd;
 mod wakeup;

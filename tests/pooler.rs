@@ -44,7 +44,8 @@ fn two_instances_deliver_through_a_transaction_pooler_and_prepare_nothing() {
     let postgres = talkative_postgres();
     let pooler = Pooler::to(&postgres, Mode::Transaction, FEW);
     let (db, stream) = (TestDb::on(&postgres), stream());
-    let config = config(&db, &stream, &pooler);
+    let dsn = format!("{}?target_session_attrs=primary", pooler.dsn(&db));
+    let config = config(&db, &stream, &pooler).set("database.dsn", dsn);
     let first = Daemon::start(&config.clone().set("dispatcher.instance_id", "first"));
     let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
     let history = writers(

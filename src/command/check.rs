@@ -86,6 +86,9 @@ fn check_database(config: &Config, report: &mut Report) {
         }
         Err(error) => report.line("schema", Err(error.to_string())),
     }
+    for hidden in if complete { store.hidden().unwrap_or_default() } else { Vec::new() } {
+        report.warning(&hidden);
+    }
     // The wake-up needs the table: without it there is nothing to say.
     if config.database.listen && complete {
         match store.wake_up(config.database.listen_dsn.as_ref()) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use postgres::types::ToSql;
 use postgres::{Client, Row};
 
-use super::{Query, Store, StoreError, connect, first, milliseconds, read_all, typed};
+use super::{NO_OTHER_LIMITS, Query, Store, StoreError, connect, first, milliseconds, read_all, typed};
 
 /// Making a partition may move rows, and dropping one tries for its locks; no step takes longer than this.
 pub const UPKEEP_STEP: Duration = Duration::from_secs(60);
@@ -215,7 +215,9 @@ const CLEAN_PARTITION: Query = query!("clean_partition", TEXT, INT8, INT8);
 
 fn begin(client: &mut Client, setting: &str) -> Result<(), StoreError> {
     client
-        .batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {setting}"))
+        .batch_execute(&format!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {setting}; SELECT {NO_OTHER_LIMITS}"
+        ))
         .map_err(|error| StoreError::from(&error))
 }
 

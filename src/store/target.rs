@@ -181,7 +181,8 @@ impl Target {
     /// Makes sure that the server is what is wanted; what the driver cannot ask itself.
     fn wanted(&self, mut client: Client) -> Result<Client, StoreError> {
         if self.0.dsn.target == SessionTarget::Primary {
-            let row = client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]);
+            // Prepares nothing: the other end may be a pooler.
+            let row = client.query_typed_one("SELECT pg_catalog.pg_is_in_recovery()", &[]);
             if row.map_err(|error| StoreError::from(&error))?.get(0) {
                 return Err(StoreError::outage("it is a standby".into()));
             }

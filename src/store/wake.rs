@@ -89,7 +89,9 @@ impl Store {
         listener.batch_execute("LISTEN outbox_events").map_err(lost)?;
         sleeper
             .batch_execute(&format!(
-                "SET idle_session_timeout = 0; SET statement_timeout = 0; SET lock_timeout = {timeout}"
+                "SET idle_session_timeout = 0; SET statement_timeout = 0; SET lock_timeout = {timeout}; \
+                 SELECT CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL \
+                             THEN set_config('transaction_timeout', '0', false) END"
             ))
             .map_err(lost)?;
         let pid = sleeper.query_typed_one("SELECT pg_backend_pid()", &[]).map_err(lost)?.get(0);

@@ -84,6 +84,16 @@ impl TestDb {
         TestDb { dsn: postgres.dsn(&name), name }
     }
 
+    /// The same, in this encoding.
+    pub fn in_encoding(postgres: &Postgres, encoding: &str) -> TestDb {
+        let name = unique("test_");
+        let mut admin = Client::connect(&postgres.dsn("postgres"), NoTls).unwrap();
+        let create = format!("CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0");
+        admin.batch_execute(&create).unwrap();
+        migrate(postgres, &name);
+        TestDb { dsn: postgres.dsn(&name), name }
+    }
+
     /// Makes a database on any server, without the schema.
     pub fn without_schema(postgres: &Postgres) -> TestDb {
         let name = unique("test_");
