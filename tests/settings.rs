@@ -8,7 +8,7 @@ use pg_outbox::sandbox::Stop;
 
 use super::delivery::wait_drained;
 use super::harness::daemon::pg_outbox;
-use super::harness::database::{shared_postgres, start_postgres};
+use super::harness::database::{grant_roles, shared_postgres, start_postgres};
 use super::harness::{Config, Daemon, TestDb, database, stream, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -60,8 +60,10 @@ fn what_a_role_has_set_for_itself_does_no_harm() {
         .set("dispatcher.backoff_initial", "200ms")
         .set("dispatcher.backoff_max", "500ms")
         .set_in("nats.topic_map", "lost.thing", "nowhere.thing");
-    let (migrated, said) = run(&config, &["migrate"]);
+    let owner = Config::new(&db, &stream).set("database.dsn", db.dsn.clone());
+    let (migrated, said) = run(&owner, &["migrate"]);
     assert!(migrated, "{said}");
+    grant_roles(shared_postgres(), &db.name);
     let (_, said) = run(&config, &["check"]);
     assert!(
         said.contains("ok    schema: complete") && said.contains("ok    wake-up: LISTEN works"),
@@ -124,15 +126,10 @@ fn rows_that_row_level_security_hides_are_warned_of() {
     let postgres = start_postgres();
     let (db, stream) = (TestDb::on(&postgres), stream());
     db.execute(
-        "CREATE ROLE dispatcher LOGIN PASSWORD 'dispatcher';
-         GRANT SELECT, UPDATE ON outboxes, outbox_lanes TO dispatcher;
-         ALTER TABLE outboxes ENABLE ROW LEVEL SECURITY;
+        "ALTER TABLE outboxes ENABLE ROW LEVEL SECURITY;
          CREATE POLICY tenants ON outboxes USING (topic LIKE 'a.%')",
     );
-    let config = Config::new(&db, &stream)
-        .set("database.dsn", format!("postgresql://127.0.0.1:{}/{}", postgres.port(), db.name))
-        .set("database.user", "dispatcher")
-        .set("database.password", "dispatcher");
+    let config = Config::new(&db, &stream);
     let warning = "row-level security of table outboxes may hide rows";
     let (_, said) = run(&config, &["check"]);
     assert!(said.contains(warning), "{said}");

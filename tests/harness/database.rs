@@ -245,6 +245,16 @@ pub fn as_role(dsn: &str, role: &str) -> String {
     format!("postgresql://{role}:{rest}")
 }
 
+/// Grants the roles of schema/roles.sql what they need on an outbox that was made by other means than [`migrate`].
+pub fn grant_roles(postgres: &Postgres, database: &str) {
+    apply(postgres, database, &Path::new(env!("CARGO_MANIFEST_DIR")).join("schema/roles.sql"));
+}
+
+fn apply(postgres: &Postgres, database: &str, file: &Path) {
+    let output = postgres.psql(database).arg("-f").arg(file).output().unwrap();
+    assert!(output.status.success(), "{}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
+}
+
 /// Applies the files of schema/ in their order, as an operator does with psql, and makes the login roles.
 pub fn migrate(postgres: &Postgres, database: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema");
@@ -256,8 +266,7 @@ pub fn migrate(postgres: &Postgres, database: &str) {
     files.sort();
     assert!(!files.is_empty(), "{}: no .sql files", folder.display());
     for file in files {
-        let output = postgres.psql(database).arg("-f").arg(&file).output().unwrap();
-        assert!(output.status.success(), "{}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
+        apply(postgres, database, &file);
     }
     let password = postgres.dsn(database).split([':', '@']).nth(2).unwrap().to_owned();
     let logins: String = [(WRITER, "writer"), (DISPATCHER, "dispatcher"), (OPERATOR, "operator")]
