@@ -135,6 +135,9 @@ BEGIN
             last_error      text,
             next_attempt_at timestamptz,
             dead_at         timestamptz,
+            discarded_at    timestamptz,
+            discarded_by    text,
+            discard_reason  text,
             PRIMARY KEY (id, created_at),
             CONSTRAINT outboxes_metadata_is_object
                 CHECK (jsonb_typeof(metadata) = 'object'),
@@ -165,10 +168,16 @@ BEGIN
         ON outboxes (md5(outbox_key(topic, metadata)), seq)
         WHERE published_at IS NULL AND dead_at IS NULL AND isfinite(next_attempt_at) IS NOT NULL;
 
-    -- Dead letters by the key they hold, and for the operator who lists them.
+    -- Dead letters by the key they hold, and for the operator who lists them. One that was discarded is none any
+    -- more: it holds no key, and counts for nothing.
     CREATE INDEX outboxes_dead_by_key
         ON outboxes (md5(outbox_key(topic, metadata)), seq)
-        WHERE published_at IS NULL AND dead_at IS NOT NULL;
+        WHERE published_at IS NULL AND dead_at IS NOT NULL AND discarded_at IS NULL;
+
+    -- Discarded events by the time of that, for retention, and for the operator who asks what became of them.
+    CREATE INDEX outboxes_discarded_by_time
+        ON outboxes (discarded_at)
+        WHERE discarded_at IS NOT NULL;
 
     -- Takes what no monthly partition takes, so that an insert never fails for want of one. Vacuum: an event
     -- is inserted once and updated once, and what the update leaves behind is what the next claim walks
@@ -344,7 +353,7 @@ BEGIN
     END
     $body$;
 
-    -- Deletes published events that were both created and published more than `days` days ago, at most
+    -- Deletes events that were both created and published (or discarded) more than `days` days ago, at most
     -- 10,000 of them, and returns how many: call it until it returns less than 10,000. (A function cannot
     -- commit, and one big DELETE would hold back vacuum and replicas.) Pending events and dead letters
     -- stay, however old. created_at lets it read the old partitions alone.
@@ -366,13 +375,14 @@ BEGIN
         WITH old AS MATERIALIZED (
             SELECT id, created_at
               FROM outboxes
-             WHERE created_at < before AND published_at < before
+             WHERE created_at < before AND (published_at < before OR discarded_at < before)
              LIMIT batch
                FOR UPDATE SKIP LOCKED
         )
         DELETE FROM outboxes o
          USING old
-         WHERE o.id = old.id AND o.created_at = old.created_at AND o.published_at < before;
+         WHERE o.id = old.id AND o.created_at = old.created_at
+           AND (o.published_at < before OR o.discarded_at < before);
         GET DIAGNOSTICS deleted = ROW_COUNT;
         RETURN deleted;
     END
@@ -408,7 +418,8 @@ BEGIN
          ORDER BY 2 NULLS LAST, 1
     $body$;
 
-    -- What keeps a partition from being dropped: 'pending', 'dead', or NULL when all its events are published.
+    -- What keeps a partition from being dropped: 'pending', 'dead', or NULL when all its events are published or
+    -- discarded.
     CREATE FUNCTION outbox_partition_holds(partition name) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET enable_seqscan = off
@@ -430,7 +441,8 @@ BEGIN
                        ' AND next_attempt_at IS NULL)'
                        ' OR EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NULL'
                        ' AND next_attempt_at IS NOT NULL),'
-                       ' EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NOT NULL)', target)
+                       ' EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NOT NULL'
+                       ' AND discarded_at IS NULL)', target)
            INTO pending, dead;
         RETURN CASE WHEN pending THEN 'pending' WHEN dead THEN 'dead' END;
     END
@@ -513,9 +525,9 @@ BEGIN
         SELECT create_monthly_partition('outboxes', month)
     $body$;
 
-    -- Detaches and drops a partition that is older than `retention` as a whole and has no pending event and no
-    -- dead letter. Returns 'dropped', or why not: 'young', 'pending', 'dead', or 'locked' when its locks were not
-    -- free in 8 tries.
+    -- Detaches and drops a partition that is older than `retention` as a whole and has no pending event, no
+    -- dead letter, and none that was discarded since. Returns 'dropped', or why not: 'young', 'pending', 'dead',
+    -- 'discarded', or 'locked' when its locks were not free in 8 tries.
     --
     -- Detaching needs the whole table for an instant. (DETACH CONCURRENTLY would not, but is not allowed beside
     -- a DEFAULT partition.) Claims are waited for before that, which holds up nobody. A waiting request for the
@@ -532,6 +544,7 @@ BEGIN
         parent_schema name;
         target text;
         holds text;
+        newly_discarded boolean;
     BEGIN
         IF retention IS NULL OR retention < interval '1 day' THEN
             RAISE EXCEPTION 'retention is %; it must be a day or more', coalesce(retention::text, 'NULL')
@@ -548,6 +561,11 @@ BEGIN
                 RETURN 'young';
             ELSIF holds IS NOT NULL THEN
                 RETURN holds;
+            END IF;
+            EXECUTE format('SELECT EXISTS (SELECT FROM %s WHERE discarded_at > now() - $1)', target)
+               INTO newly_discarded USING retention;
+            IF newly_discarded THEN
+                RETURN 'discarded';
             END IF;
             BEGIN
                 PERFORM outbox_hold_lanes();
@@ -570,9 +588,9 @@ BEGIN
     END
     $body$;
 
-    -- Deletes the events of a partition that were created and published longer than `retention` ago, in its 256
-    -- blocks from `first_block` on: some thousand events, whatever their number, and no block is read twice in a
-    -- pass. Returns how many, and the block to go on from, which is NULL at the end. Pending events and dead
+    -- Deletes the events of a partition that were created and published (or discarded) longer than `retention` ago,
+    -- in its 256 blocks from `first_block` on: some thousand events, whatever their number, and no block is read
+    -- twice in a pass. Returns how many, and the block to go on from, which is NULL at the end. Pending events and dead
     -- letters stay, however old.
     CREATE FUNCTION outbox_clean_partition(
         partition name, first_block bigint, retention interval, OUT deleted bigint, OUT next_block bigint
@@ -598,7 +616,8 @@ BEGIN
                 USING ERRCODE = 'undefined_table';
         END IF;
         EXECUTE format('DELETE FROM %s WHERE ctid >= ''(%s,0)'' AND ctid < ''(%s,0)'''
-                       ' AND created_at < $1 AND published_at < $1', target, first_block, first_block + step)
+                       ' AND created_at < $1 AND (published_at < $1 OR discarded_at < $1)',
+                       target, first_block, first_block + step)
           USING before;
         GET DIAGNOSTICS deleted = ROW_COUNT;
         next_block := first_block + step;
@@ -647,10 +666,15 @@ BEGIN
     COMMENT ON COLUMN outboxes.next_attempt_at IS
         'Set while the event is in retry: not tried before this time, and later events of its key wait';
     COMMENT ON COLUMN outboxes.dead_at IS 'When the event became a dead letter, which is not tried again';
+    COMMENT ON COLUMN outboxes.discarded_at IS
+        'When an operator discarded the dead letter, which then holds nothing back and goes with the retention';
+    COMMENT ON COLUMN outboxes.discarded_by IS 'Who discarded it';
+    COMMENT ON COLUMN outboxes.discard_reason IS 'Why';
     COMMENT ON INDEX outboxes_fresh_by_lane IS 'What claims read: pending events of a lane, not in retry, in order';
     COMMENT ON INDEX outboxes_retry_by_lane IS 'Events in retry by the time they are due';
     COMMENT ON INDEX outboxes_retry_by_key IS 'Events in retry by the key they hold';
     COMMENT ON INDEX outboxes_dead_by_key IS 'Dead letters by key';
+    COMMENT ON INDEX outboxes_discarded_by_time IS 'Discarded events by the time of that';
     -- A table that was adopted may lack these, or have them by another name.
     FOR commented IN
         SELECT * FROM (VALUES
@@ -676,7 +700,7 @@ BEGIN
     COMMENT ON FUNCTION create_monthly_partition(text, date) IS
         'Makes the partition for the month of the date (UTC) if it is missing, and returns its name';
     COMMENT ON FUNCTION cleanup_old_outbox_events(int) IS
-        'Deletes up to 10,000 published events older than that many days, and returns how many';
+        'Deletes up to 10,000 published or discarded events older than that many days, and returns how many';
     COMMENT ON FUNCTION outbox_partitions() IS 'The partitions of the outbox and their bounds';
     COMMENT ON FUNCTION outbox_partition_holds(name) IS
         'What keeps a partition from being dropped: pending, dead, or NULL';
@@ -687,7 +711,7 @@ BEGIN
     COMMENT ON FUNCTION outbox_drop_partition(name, interval) IS
         'Drops a partition that is older than that as a whole and holds no pending or dead event, or says why not';
     COMMENT ON FUNCTION outbox_clean_partition(name, bigint, interval) IS
-        'Deletes published events older than that from 256 blocks of a partition';
+        'Deletes published and discarded events older than that from 256 blocks of a partition';
 
     INSERT INTO outbox_schema (version) VALUES (1);
 END

@@ -148,6 +148,9 @@ impl Upkeep {
                     log::info!("partition dropped: partition={name} bytes={}", partition.bytes);
                 }
                 Dropped::Young => {}
+                Dropped::Discarded => {
+                    log::info!("partition kept: partition={name}: it has events that were discarded lately");
+                }
                 Dropped::Pending => log::info!("partition kept: partition={name}: it has pending events"),
                 Dropped::Dead => {
                     log::info!(

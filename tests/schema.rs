@@ -363,7 +363,7 @@ fn a_month_is_made_once_and_takes_its_events_out_of_default() {
     let shape = "SELECT string_agg(format('%s %s', (SELECT count(*) FROM pg_inherits i JOIN pg_index x ON x.indexrelid = i.inhrelid WHERE x.indrelid = c.oid),
                                           (SELECT count(*) FROM pg_constraint WHERE conrelid = c.oid AND contype = 'c')), ',')
                    FROM pg_class c WHERE relname IN ('outboxes_2024_02', 'outboxes_default')";
-    assert_eq!(text(&mut client, shape), "5 2,5 2");
+    assert_eq!(text(&mut client, shape), "6 2,6 2");
     for (arguments, code) in [
         ("'nowhere', '2024-02-01'", "42P01"),
         ("'outbox_lanes', '2024-02-01'", "42809"),

@@ -94,6 +94,7 @@ fn list(partitions: &[Partition], out: &mut impl Write) -> Result<()> {
 fn kept_for(partition: &Partition) -> &str {
     match (&partition.holds, partition.is_default, partition.is_old) {
         (Some(holds), _, _) if holds == "dead" => "dead letters",
+        (Some(holds), _, _) if holds == "discarded" => "events discarded lately",
         (Some(_), _, _) => "pending events",
         (None, true, _) => "events without a partition",
         (None, false, true) => "nothing: to be dropped",
@@ -146,6 +147,7 @@ fn drop(config: &Config, partitions: &mut Partitions, mode: Mode, out: &mut impl
             (Mode::Real, _) => partitions.drop(&name, retention).with_context(|| format!("drop {name}"))?,
             (Mode::Dry, None) => Dropped::Dropped,
             (Mode::Dry, Some("dead")) => Dropped::Dead,
+            (Mode::Dry, Some("discarded")) => Dropped::Discarded,
             (Mode::Dry, Some(_)) => Dropped::Pending,
         };
         all_done &= outcome != Dropped::Locked;
@@ -154,6 +156,9 @@ fn drop(config: &Config, partitions: &mut Partitions, mode: Mode, out: &mut impl
             (Dropped::Dropped, Mode::Dry) => writeln!(out, "would drop {name}")?,
             (Dropped::Young, _) => writeln!(out, "kept {name}: it is not older than {shown} as a whole")?,
             (Dropped::Pending, _) => writeln!(out, "kept {name}: it has pending events")?,
+            (Dropped::Discarded, _) => {
+                writeln!(out, "kept {name}: it has events that were discarded less than {shown} ago")?;
+            }
             (Dropped::Dead, _) => writeln!(out, "kept {name}: it has dead letters; retry or discard them")?,
             (Dropped::Locked, _) => writeln!(
                 out,

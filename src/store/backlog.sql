@@ -13,7 +13,7 @@ SELECT fresh.n + retrying.n AS pending,
  CROSS JOIN (SELECT count(*) AS n FROM outboxes
               WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL) AS retrying
  CROSS JOIN (SELECT count(*) AS n FROM outboxes
-              WHERE published_at IS NULL AND dead_at IS NOT NULL) AS dead
+              WHERE published_at IS NULL AND dead_at IS NOT NULL AND discarded_at IS NULL) AS dead
  CROSS JOIN (
        SELECT min(first.created_at) FILTER (WHERE isfinite(first.created_at)) AS oldest
          FROM outbox_lanes AS l

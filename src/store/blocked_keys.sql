@@ -7,7 +7,8 @@ SELECT key, min(seq), count(*), dead, (array_agg(reason ORDER BY seq))[1]
           WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL LIMIT 10000)
         UNION ALL
         (SELECT outbox_key(topic, metadata), seq, true, coalesce(last_error, '') FROM outboxes
-          WHERE $1 AND published_at IS NULL AND dead_at IS NOT NULL LIMIT 10000)) AS found(key, seq, dead, reason)
+          WHERE $1 AND published_at IS NULL AND dead_at IS NOT NULL AND discarded_at IS NULL
+          LIMIT 10000)) AS found(key, seq, dead, reason)
  GROUP BY key, dead
  ORDER BY 2
  LIMIT $2

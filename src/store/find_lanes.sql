@@ -14,7 +14,8 @@
        SELECT EXISTS (SELECT FROM outboxes
                        WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL) AS by_retry,
               $4::bool AND EXISTS (SELECT FROM outboxes
-                                    WHERE published_at IS NULL AND dead_at IS NOT NULL) AS by_dead)
+                                    WHERE published_at IS NULL AND dead_at IS NOT NULL
+                                      AND discarded_at IS NULL) AS by_dead)
 SELECT lane, claimable,
        CASE
            WHEN claimable THEN false
@@ -39,7 +40,7 @@ SELECT l.lane, l.cursor, l.turn, (
            AND NOT ((SELECT by_dead FROM held) AND EXISTS (
                SELECT FROM outboxes d
                 WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
-                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL))
+                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL AND d.discarded_at IS NULL))
          LIMIT 1)
        UNION ALL
        (SELECT true
@@ -61,7 +62,7 @@ SELECT l.lane, l.cursor, l.turn, (
            AND NOT ((SELECT by_dead FROM held) AND EXISTS (
                SELECT FROM outboxes d
                 WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
-                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL))
+                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL AND d.discarded_at IS NULL))
          LIMIT 1)
        LIMIT 1) IS NOT NULL AS claimable
   FROM unnest($1::int[], $2::bigint[]) WITH ORDINALITY AS l(lane, cursor, turn)

@@ -41,7 +41,7 @@ pub struct Partition {
     pub bytes: i64,
     /// Rows as PostgreSQL estimates them; `None` before its first vacuum.
     pub rows: Option<i64>,
-    /// `pending` or `dead` when it holds such events and therefore stays; `None` when all are published.
+    /// `pending`, `dead` or (newly) `discarded` when it holds such events and therefore stays; else `None`.
     pub holds: Option<String>,
     /// Older than the retention as a whole.
     pub is_old: bool,
@@ -69,6 +69,8 @@ pub enum Dropped {
     Pending,
     /// It holds a dead letter.
     Dead,
+    /// It holds an event that was discarded less than the retention ago.
+    Discarded,
     /// Its locks were not free; nobody was kept waiting for long.
     Locked,
 }
@@ -176,6 +178,7 @@ impl Partitions {
             "young" => Ok(Dropped::Young),
             "pending" => Ok(Dropped::Pending),
             "dead" => Ok(Dropped::Dead),
+            "discarded" => Ok(Dropped::Discarded),
             "locked" => Ok(Dropped::Locked),
             other => Err(StoreError::refused(format!("outbox_drop_partition answered {other:?}"))),
         }

@@ -14,7 +14,11 @@ SELECT p.partition::text,
        p.is_default,
        pg_total_relation_size(c.oid),
        nullif(c.reltuples, -1)::bigint,
-       outbox_partition_holds(p.partition),
+       coalesce(outbox_partition_holds(p.partition),
+                CASE WHEN EXISTS (SELECT FROM outboxes AS o
+                                   WHERE o.created_at >= p.lower_bound AND o.created_at < p.upper_bound
+                                     AND o.discarded_at > now() - $1::bigint * interval '1 second')
+                     THEN 'discarded' END),
        coalesce(p.upper_bound <= now() - $1::bigint * interval '1 second', false),
        coalesce(p.is_default OR p.lower_bound < now() - $1::bigint * interval '1 second', false)
   FROM outbox_partitions() AS p

@@ -23,7 +23,8 @@
        SELECT EXISTS (SELECT FROM outboxes
                        WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL) AS by_retry,
               $4::bool AND EXISTS (SELECT FROM outboxes
-                                    WHERE published_at IS NULL AND dead_at IS NOT NULL) AS by_dead)
+                                    WHERE published_at IS NULL AND dead_at IS NOT NULL
+                                      AND discarded_at IS NULL) AS by_dead)
 SELECT lane, id, seq, created_at, topic, key, attempts, in_retry,
        CASE WHEN bytes_so_far <= $6 OR place = 1 THEN metadata END AS metadata,
        CASE WHEN bytes_so_far <= $6 OR place = 1 THEN payload END AS payload,
@@ -83,7 +84,7 @@ SELECT picked.*,
            AND NOT ((SELECT by_dead FROM held) AND EXISTS (
                SELECT FROM outboxes d
                 WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
-                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL))
+                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL AND d.discarded_at IS NULL))
          ORDER BY o.seq
          LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1))
        UNION ALL
@@ -98,7 +99,7 @@ SELECT picked.*,
            AND NOT ((SELECT by_dead FROM held) AND EXISTS (
                SELECT FROM outboxes d
                 WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
-                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL))
+                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL AND d.discarded_at IS NULL))
          ORDER BY o.seq
          LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1))
        LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1)

@@ -10,7 +10,8 @@ SELECT topic::text, sum(pending)::bigint, sum(retrying)::bigint, sum(dead)::bigi
           WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL LIMIT 100000)
         UNION ALL
         (SELECT topic, 0, 0, 1 FROM outboxes
-          WHERE published_at IS NULL AND dead_at IS NOT NULL LIMIT 100000)) AS found(topic, pending, retrying, dead)
+          WHERE published_at IS NULL AND dead_at IS NOT NULL AND discarded_at IS NULL
+          LIMIT 100000)) AS found(topic, pending, retrying, dead)
  GROUP BY topic
  ORDER BY 2 DESC, 4 DESC, 1
  LIMIT $1
