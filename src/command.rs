@@ -3,10 +3,13 @@
 
 pub mod bench;
 pub mod check;
+pub mod dead;
 pub mod demo;
 pub mod dispatcher;
+pub mod filter;
 pub mod generate;
 pub mod migrate;
 pub mod partitions;
 pub mod run;
 pub mod status;
+pub mod terminal;

@@ -1,5 +1,5 @@
-//! The janitor: keeps the gauges of the backlog, of retries and dead letters, of what hinders vacuum, and of the pool;
-//! and the lists of the status page.
+//! The janitor: keeps the gauges of the backlog, of retries, dead letters and blocked keys, of what hinders vacuum, and of
+//! the pool; and the lists of the status page.
 //!
 //! Counting and listing cost the database something, so they never happen at a scrape or at a look at the page: the
 //! janitor does each every [`INTERVAL`], and more seldom when it takes long, so that each takes at most a twentieth
@@ -79,6 +79,12 @@ impl Janitor {
                 self.waiting.count_failed();
                 log::debug!("count failed, will retry: {error}");
             }
+        }
+        match self.store.blocked_key_counts() {
+            Ok((by_retry, by_dead)) => {
+                self.metrics.blocked_keys(by_retry.unsigned_abs(), by_dead.unsigned_abs());
+            }
+            Err(error) => log::debug!("count of blocked keys failed, will retry: {error}"),
         }
         started.elapsed()
     }

@@ -7,12 +7,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use pg_outbox::command::bench::{self, BenchOptions};
+use pg_outbox::command::dead::{self, MessageId};
 use pg_outbox::command::demo::{self, DemoOptions};
-use pg_outbox::command::{check, generate, migrate, partitions, run, status};
+use pg_outbox::command::terminal::Consent;
+use pg_outbox::command::{check, filter, generate, migrate, partitions, run, status};
 use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
-use pg_outbox::store::Adopting;
+use pg_outbox::store::{Adopting, Selection};
+use uuid::Uuid;
 
 const FAILED: u8 = 1;
 const BAD_CONFIG: u8 = 78;
@@ -76,6 +79,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// List dead letters, show them, try them again, or discard them.
+    Dead {
+        #[command(subcommand)]
+        action: Dead,
+    },
     /// List, make and drop the monthly partitions. The daemon does the same by itself.
     Partitions {
         #[command(subcommand)]
@@ -126,6 +134,155 @@ enum Command {
         /// The folder to write below.
         folder: PathBuf,
     },
+}
+
+#[derive(Subcommand)]
+enum Dead {
+    /// List them, those that were written first on top.
+    List {
+        #[command(flatten)]
+        select: Select,
+        /// As JSON, one array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show events with all that is known of them, dead or not.
+    Show {
+        /// Ids of the events.
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<Uuid>,
+        /// As JSON, one array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Try them again: at once, ahead of the later events of their keys, with attempts counted from 0.
+    Retry {
+        #[command(flatten)]
+        select: Select,
+        #[command(flatten)]
+        change: Change,
+        /// Publish under fresh message ids, which no duplicate window knows. The events' ids change.
+        #[arg(long)]
+        new_id: bool,
+        /// Events a second at most.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
+    },
+    /// Discard them: they are not tried again and hold nothing back; the rows stay until the retention ends.
+    Discard {
+        #[command(flatten)]
+        select: Select,
+        #[command(flatten)]
+        change: Change,
+        /// Why, for whoever asks later.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        /// Who does it [default: the user who runs this].
+        #[arg(long, value_name = "NAME")]
+        by: Option<String>,
+    },
+}
+
+/// Which dead letters: those that fit everything that is given.
+#[derive(Args)]
+struct Select {
+    /// Ids of the events.
+    #[arg(value_name = "ID")]
+    ids: Vec<Uuid>,
+    /// Of this topic; * stands for one token, a last > for one or more.
+    #[arg(long, value_name = "PATTERN", value_parser = filter::topics)]
+    topic: Option<String>,
+    /// Of this key.
+    #[arg(long)]
+    key: Option<String>,
+    /// Died since: 2h ago, 2026-11-25, or 2026-11-25T07:30:00Z.
+    #[arg(long, value_name = "TIME", value_parser = filter::time)]
+    since: Option<i64>,
+    /// Died before, written in the same way.
+    #[arg(long, value_name = "TIME", value_parser = filter::time)]
+    until: Option<i64>,
+    /// With this text somewhere in the reason, in any case of letters.
+    #[arg(long, value_name = "TEXT")]
+    error: Option<String>,
+    /// So many at most, those that were written first.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    limit: Option<i64>,
+    /// All there are.
+    #[arg(long)]
+    all: bool,
+}
+
+impl Select {
+    fn selection(&self) -> Selection {
+        let Select { ids, topic, key, since, until, error, limit, all: _ } = self;
+        Selection {
+            ids: (!ids.is_empty()).then(|| ids.clone()),
+            topic: topic.clone(),
+            key: key.clone(),
+            since_ms: *since,
+            until_ms: *until,
+            error: error.clone(),
+            limit: *limit,
+        }
+    }
+
+    /// The same for a change, which of everything must be meant.
+    fn for_change(&self) -> Result<Selection> {
+        let selection = self.selection();
+        let nothing = Selection { limit: self.limit, ..Selection::default() };
+        if selection == nothing && !self.all {
+            anyhow::bail!("which ones? Name ids, --topic, --key, --since, --until or --error, or say --all");
+        }
+        Ok(selection)
+    }
+}
+
+/// How events are changed.
+#[derive(Args)]
+struct Change {
+    /// Say what would be done, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not ask, whatever the number.
+    #[arg(short, long)]
+    yes: bool,
+    /// Say what was done as JSON, one object.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Change {
+    fn how(&self) -> dead::How {
+        dead::How {
+            mode: if self.dry_run { partitions::Mode::Dry } else { partitions::Mode::Real },
+            consent: if self.yes { Consent::Given } else { Consent::Ask },
+            format: format(self.json),
+        }
+    }
+}
+
+fn format(json: bool) -> status::Format {
+    if json { status::Format::Json } else { status::Format::Table }
+}
+
+impl TryFrom<&Dead> for dead::Action {
+    type Error = anyhow::Error;
+
+    fn try_from(action: &Dead) -> Result<dead::Action> {
+        Ok(match action {
+            Dead::List { select, json } => dead::Action::List(select.selection(), format(*json)),
+            Dead::Show { ids, json } => dead::Action::Show(ids.clone(), format(*json)),
+            Dead::Retry { select, change, new_id, rate } => {
+                let message_id = if *new_id { MessageId::Fresh } else { MessageId::Own };
+                let retry = dead::Retry { message_id, rate: *rate };
+                dead::Action::Retry(select.for_change()?, retry, change.how())
+            }
+            Dead::Discard { select, change, reason, by } => {
+                let discard = dead::Discard { by: by.clone(), reason: reason.clone() };
+                dead::Action::Discard(select.for_change()?, discard, change.how())
+            }
+        })
+    }
 }
 
 #[derive(Subcommand)]
@@ -258,9 +415,13 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Status { watch, json } => {
             let config = Config::load(&cli.config)?;
-            let format = if *json { status::Format::Json } else { status::Format::Table };
             let times = if *watch { status::Times::ForEver } else { status::Times::Once };
-            done(status::run(&config, format, times, &mut std::io::stdout())?)
+            done(status::run(&config, format(*json), times, &mut std::io::stdout())?)
+        }
+        Command::Dead { action } => {
+            let action = action.try_into()?;
+            let config = Config::load(&cli.config)?;
+            done(dead::run(&config, &action, &mut std::io::stdout())?)
         }
         Command::Partitions { action } => {
             let config = Config::load(&cli.config)?;

@@ -157,6 +157,12 @@ impl Metrics {
         self.0.ready.set(i64::from(ready));
     }
 
+    /// So many keys wait for an event in retry, and so many for a decision about a dead letter.
+    pub fn blocked_keys(&self, by_retry: u64, by_dead: u64) {
+        self.0.blocked_by_retry.set(gauge_value(by_retry));
+        self.0.blocked_by_dead.set(gauge_value(by_dead));
+    }
+
     /// The partitions were looked at: for how many days from now they are made, rows that fell beside them.
     pub fn partitions(&self, days_ahead: f64, default_rows: u64) {
         self.0.partitions_ahead.set(days_ahead);
@@ -291,6 +297,8 @@ struct Series {
     last_count: Gauge,
     oldest_transaction: Gauge,
     ready: IntGauge,
+    blocked_by_retry: IntGauge,
+    blocked_by_dead: IntGauge,
     partitions_ahead: Gauge,
     default_rows: IntGauge,
     last_upkeep: Gauge,
@@ -315,6 +323,7 @@ impl Series {
         let claims = counters(r, "outbox_claims_total", CLAIMS_HELP, "result");
         let pool =
             gauges(r, "outbox_pool_connections", "Connections of the PostgreSQL pool, by state.", "state");
+        let blocked = gauges(r, "outbox_blocked_keys", BLOCKED_HELP, "by");
         let build = gauges(r, "outbox_build_info", "Always 1; the label is the running version.", "version");
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Series {
@@ -355,6 +364,8 @@ impl Series {
                 "outbox_ready",
                 "1 while an event committed now would be published now, else 0.",
             ),
+            blocked_by_retry: blocked.with_label_values(&["retry"]),
+            blocked_by_dead: blocked.with_label_values(&["dead"]),
             partitions_ahead: gauge(r, "outbox_partitions_ahead_days", AHEAD_HELP),
             default_rows: int_gauge(r, "outbox_default_partition_rows", DEFAULT_HELP),
             last_upkeep: gauge(r, "outbox_upkeep_last_success_timestamp_seconds", UPKEEP_HELP),
@@ -394,6 +405,7 @@ const LAST_PUBLISH_HELP: &str = "Unix time of the last ack; 0 if there was none 
 const PUBLISH_HELP: &str = "Time to publish a claim's events, from the first one sent to the last answer.";
 const SETTLE_HELP: &str = "Time to settle a claim: write its outcomes and commit.";
 const CLAIM_HELP: &str = "Time a claim is held, from its read to its commit.";
+const BLOCKED_HELP: &str = "Keys whose later events wait: for a retry, or (ordering.on_dead: block) for a decision about a dead letter.";
 const PENDING_HELP: &str =
     "Events neither published nor dead, as last measured; an estimate when there are many.";
 const COUNT_HELP: &str =
@@ -571,6 +583,8 @@ mod tests {
             "outbox_claim_events_count",
             "outbox_retrying_events",
             "outbox_dead_events",
+            "outbox_blocked_keys{by=\"retry\"}",
+            "outbox_blocked_keys{by=\"dead\"}",
             "outbox_dead_letters_total",
             "outbox_headers_altered_total",
             "outbox_pool_connections{state=\"busy\"}",
@@ -624,6 +638,7 @@ mod tests {
     fn gauges_say_what_was_last_told() {
         let metrics = Metrics::new();
         metrics.backlog(&Backlog { pending: 7, retrying: 2, dead: 1, lag: Duration::from_millis(1500) });
+        metrics.blocked_keys(5, 6);
         metrics.pool(3, 4, 20);
         metrics.nats_connected();
         metrics.nats_disconnected();
@@ -635,6 +650,8 @@ mod tests {
             ("outbox_pending_events", 7.0),
             ("outbox_retrying_events", 2.0),
             ("outbox_dead_events", 1.0),
+            ("outbox_blocked_keys{by=\"retry\"}", 5.0),
+            ("outbox_blocked_keys{by=\"dead\"}", 6.0),
             ("outbox_lag_seconds", 1.5),
             ("outbox_pool_connections{state=\"busy\"}", 3.0),
             ("outbox_pool_connections{state=\"idle\"}", 4.0),

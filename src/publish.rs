@@ -50,6 +50,8 @@ const HEADERS_FRAME: usize = 12;
 const UNSETTLED_MAX: usize = 100_000;
 /// Events whose silence is remembered. More than this are silent only when all are, and then it is an outage.
 const UNANSWERED_MAX: usize = 10_000;
+/// How the reason begins for an event that nobody answered: whether it was stored, nobody knows.
+pub const NO_ACK: &str = "no ack within ";
 
 /// What the workers share to publish their claims.
 pub struct Publish {
@@ -591,7 +593,7 @@ impl<'a> Flight<'a> {
         let event = &self.events[index];
         let failure = Failure::Unanswered {
             error: format!(
-                "no ack within {}s though server and stream answer: is {} a subject of the stream, or does \
+                "{NO_ACK}{}s though server and stream answer: is {} a subject of the stream, or does \
                  somebody else take it?",
                 self.publish.ack_timeout.as_secs_f64(),
                 self.live.topic_map.subject(&event.topic)

@@ -24,6 +24,7 @@ macro_rules! query {
 }
 
 mod adopt;
+mod dead;
 mod dsn;
 mod overview;
 mod partitions;
@@ -55,6 +56,7 @@ use crate::event::{Event, Outcome};
 use crate::failpoint;
 
 pub use self::adopt::Adopting;
+pub use self::dead::{CHANGE_MAX, Change, Letter, Selection, Whole};
 pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Retry, Topic};
 pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,

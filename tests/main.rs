@@ -14,6 +14,7 @@ mod check;
 mod claim;
 mod containers;
 mod cost;
+mod dead;
 mod delivery;
 mod demo;
 mod dependencies;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::terminal::printable;
 use crate::answer::StreamState;
 use crate::config::{Config, OnDead};
 use crate::health::Health;
@@ -28,8 +29,6 @@ const LIST_MAX: i64 = 10;
 const RATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two screens of `--watch`.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
-/// Longest reason shown, in characters.
-const REASON_MAX: usize = 70;
 
 /// How it is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -275,16 +274,6 @@ fn print(status: &Status, out: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-/// Text from events, so that it fits and cannot steer a terminal.
-fn printable(text: &str) -> String {
-    let mut short: String =
-        text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(REASON_MAX).collect();
-    if text.chars().count() > REASON_MAX {
-        let _ = short.write_char('…');
-    }
-    short
-}
-
 fn age(seconds: f64) -> String {
     match seconds {
         seconds if seconds < 120.0 => format!("{seconds:.1} s"),
@@ -297,12 +286,6 @@ fn age(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn text_from_events_cannot_steer_a_terminal() {
-        assert_eq!(printable("a\x1b[2J\nb"), "a\u{fffd}[2J\u{fffd}b");
-        assert_eq!(printable(&"ä".repeat(200)).chars().count(), REASON_MAX + 1);
-    }
 
     #[test]
     fn a_screen_without_anything_known_says_why() {

@@ -114,7 +114,7 @@ impl Store {
     /// # Errors
     /// As [`Store::topics`].
     pub fn blocked_keys(&self, most: i64) -> Result<Vec<BlockedKey>, StoreError> {
-        let blocks = self.shared.settings.ordered && self.shared.settings.block_on_dead;
+        let blocks = self.dead_letters_block();
         read_all(&self.read(BACKLOG_TIMEOUT, &BLOCKED_KEYS, &[&blocks, &most])?, |row| {
             Ok(BlockedKey {
                 key: row.try_get(0)?,
@@ -124,6 +124,21 @@ impl Store {
                 reason: row.try_get(4)?,
             })
         })
+    }
+
+    /// How many keys events in retry hold back, and how many dead letters do.
+    ///
+    /// # Errors
+    /// As [`Store::topics`].
+    pub fn blocked_key_counts(&self) -> Result<(i64, i64), StoreError> {
+        let rows = self.read(BACKLOG_TIMEOUT, &BLOCKED_KEY_COUNTS, &[&self.dead_letters_block()])?;
+        let (by_retry, by_dead): (i64, i64) = first(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
+        Ok(if self.shared.settings.ordered { (by_retry, by_dead) } else { (0, 0) })
+    }
+
+    /// Whether dead letters hold their keys.
+    fn dead_letters_block(&self) -> bool {
+        self.shared.settings.ordered && self.shared.settings.block_on_dead
     }
 
     /// The instances that are connected to this database, by their `application_name`.
@@ -203,6 +218,7 @@ impl Store {
 
 const TOPICS: Query = query!("topics", INT8);
 const BLOCKED_KEYS: Query = query!("blocked_keys", BOOL, INT8);
+const BLOCKED_KEY_COUNTS: Query = query!("blocked_key_counts", BOOL);
 const INSTANCES: Query = query!("instances");
 const OLDEST_TRANSACTION: Query = query!("oldest_transaction");
 const NEWEST_DEAD: Query = query!("newest_dead", INT8);

@@ -1,0 +1,12 @@
+-- How many keys an event in retry holds back, and how many a dead letter does. Counted among up to 100,000 events of
+-- each kind. Only the indexes by key are read where vacuum has been.
+--
+-- $1 boolean: dead letters hold their keys.
+SELECT (SELECT count(DISTINCT key)
+          FROM (SELECT md5(outbox_key(topic, metadata)) FROM outboxes
+                 WHERE published_at IS NULL AND dead_at IS NULL AND isfinite(next_attempt_at) IS NOT NULL
+                 LIMIT 100000) AS retrying(key)),
+       (SELECT count(DISTINCT key)
+          FROM (SELECT md5(outbox_key(topic, metadata)) FROM outboxes
+                 WHERE $1 AND published_at IS NULL AND dead_at IS NOT NULL AND discarded_at IS NULL
+                 LIMIT 100000) AS dead(key))
