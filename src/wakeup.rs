@@ -80,9 +80,10 @@ impl Doze {
         }
     }
 
-    /// True while every event that is committed wakes the claimer.
+    /// True while every event that is committed wakes the claimer. Not once it has said that it is awake, though the lock
+    /// that makes writers notify may not be let go yet.
     pub fn covered(&self) -> bool {
-        self.0.listening.load(Ordering::SeqCst) && self.0.granted.load(Ordering::SeqCst)
+        self.is_asleep() && self.0.listening.load(Ordering::SeqCst) && self.0.granted.load(Ordering::SeqCst)
     }
 
     /// Receives the wake-ups. For the claimer alone.
@@ -236,5 +237,22 @@ impl Sleeper {
             }
             (true, true) | (false, false) => session.check(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_awake_is_not_woken_whatever_the_lock_still_does() {
+        let doze = Doze::default();
+        doze.0.listening.store(true, Ordering::SeqCst);
+        doze.0.granted.store(true, Ordering::SeqCst);
+        assert!(!doze.covered());
+        doze.asleep();
+        assert!(doze.covered());
+        doze.awake();
+        assert!(!doze.covered(), "the lock is about to be let go, and writers will not notify");
     }
 }
