@@ -10,6 +10,7 @@ pub mod filter;
 pub mod generate;
 pub mod migrate;
 pub mod partitions;
+pub mod replay;
 pub mod run;
 pub mod status;
 pub mod terminal;

@@ -51,7 +51,7 @@ const PROTOCOL_NAMES: [&[u8]; 8] = [
 ];
 
 /// What follows `Outbox-` in our own headers.
-const OWN_NAMES: [&[u8]; 5] = [b"seq", b"topic", b"created-at", b"attempt", b"instance"];
+const OWN_NAMES: [&[u8]; 6] = [b"seq", b"topic", b"created-at", b"attempt", b"instance", b"replay"];
 
 /// What the headers of all events have in common.
 #[derive(Debug, Clone)]
@@ -63,6 +63,8 @@ pub struct HeaderPolicy {
     /// `nats.allow_headers`: the `Nats-*` headers that metadata may set, spelled exactly like this. Those that
     /// [`can_be_allowed`] refuses have no effect.
     pub allow: Vec<String>,
+    /// The name of a replay: a part of its message ids, so that they are not those of the first time, and a header.
+    pub replay: Option<String>,
 }
 
 /// The headers of one event.
@@ -152,7 +154,10 @@ impl HeaderPolicy {
             altered: Altered::default(),
         };
 
-        writer.own("Nats-Msg-Id", event.id.hyphenated());
+        match &self.replay {
+            None => writer.own("Nats-Msg-Id", event.id.hyphenated()),
+            Some(name) => writer.own("Nats-Msg-Id", format_args!("{}.{name}", event.id.hyphenated())),
+        }
         if let Some(stream) = &self.stream {
             writer.own("Nats-Expected-Stream", stream);
         }
@@ -161,6 +166,9 @@ impl HeaderPolicy {
         writer.own("Outbox-Created-At", Timestamp(event.created_at));
         writer.own("Outbox-Attempt", event.attempts.saturating_add(1));
         writer.own("Outbox-Instance", &self.instance);
+        if let Some(name) = &self.replay {
+            writer.own("Outbox-Replay", name);
+        }
         if event.metadata.is_some() {
             writer.metadata(metadata);
         }
@@ -424,6 +432,7 @@ mod tests {
             instance: "dispatcher-1".to_owned(),
             stream: Some("EVENTS".to_owned()),
             allow: vec!["Nats-TTL".to_owned(), "Nats-Msg-Id".to_owned()],
+            replay: None,
         }
     }
 
@@ -456,6 +465,10 @@ mod tests {
         let headers = policy().build(&event(r#"{"source": "shop", "a": "1"}"#));
         assert_eq!(headers.block, format!("{OWN}source: shop\r\na: 1\r\n"));
         assert_eq!(headers.altered, Altered::default());
+
+        let again = HeaderPolicy { replay: Some("r1".to_owned()), ..policy() }.build(&event("{}"));
+        let own = OWN.replace("0001\r\n", "0001.r1\r\n");
+        assert_eq!(again.block, format!("{own}Outbox-Replay: r1\r\n"));
 
         let bare = HeaderPolicy { stream: None, ..policy() }.build(&Event { metadata: None, ..event("") });
         assert_eq!(bare.block, OWN.replace("Nats-Expected-Stream: EVENTS\r\n", ""));

@@ -38,6 +38,7 @@ impl Settings {
                 instance: dispatcher.instance_id.clone(),
                 stream: nats.jetstream.enabled.then(|| nats.jetstream.stream_name.clone()),
                 allow: nats.allow_headers.clone(),
+                replay: None,
             },
             policy: Policy {
                 max_attempts: dispatcher.max_attempts,

@@ -12,7 +12,7 @@ use pg_outbox::command::bench::{self, BenchOptions};
 use pg_outbox::command::dead::{self, MessageId};
 use pg_outbox::command::demo::{self, DemoOptions};
 use pg_outbox::command::terminal::Consent;
-use pg_outbox::command::{check, filter, generate, migrate, partitions, run, status};
+use pg_outbox::command::{check, filter, generate, migrate, partitions, replay, run, status};
 use pg_outbox::config::{Config, ConfigError, DEFAULT_PATH};
 use pg_outbox::store::{Adopting, Selection};
 use uuid::Uuid;
@@ -83,6 +83,28 @@ enum Command {
     Dead {
         #[command(subcommand)]
         action: Dead,
+    },
+    /// Send published events again, in order and at a rate, each under a message id of its own.
+    Replay {
+        #[command(flatten)]
+        select: SelectPublished,
+        /// Only those with a seq above this: where an earlier replay stopped.
+        #[arg(long, value_name = "SEQ")]
+        after: Option<i64>,
+        /// Events a second at most.
+        #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
+        rate: u32,
+        /// Send to subjects below this one.
+        #[arg(long, value_name = "SUBJECT")]
+        prefix: Option<String>,
+        /// Send to this stream instead of nats.jetstream.stream_name.
+        #[arg(long, value_name = "NAME")]
+        stream: Option<String>,
+        /// Name of the replay, a part of its message ids: the same one to go on where it stopped [default: new each time].
+        #[arg(long)]
+        name: Option<String>,
+        #[command(flatten)]
+        change: Change,
     },
     /// List, make and drop the monthly partitions. The daemon does the same by itself.
     Partitions {
@@ -237,7 +259,53 @@ impl Select {
     }
 }
 
-/// How events are changed.
+/// Which published events: those that fit everything that is given.
+#[derive(Args)]
+struct SelectPublished {
+    /// Ids of the events.
+    #[arg(value_name = "ID")]
+    ids: Vec<Uuid>,
+    /// Of this topic; * stands for one token, a last > for one or more.
+    #[arg(long, value_name = "PATTERN", value_parser = filter::topics)]
+    topic: Option<String>,
+    /// Of this key.
+    #[arg(long)]
+    key: Option<String>,
+    /// Written since: 2h ago, 2026-11-25, or 2026-11-25T07:30:00Z.
+    #[arg(long, value_name = "TIME", value_parser = filter::time)]
+    since: Option<i64>,
+    /// Written before, in the same way.
+    #[arg(long, value_name = "TIME", value_parser = filter::time)]
+    until: Option<i64>,
+    /// So many at most, those that were written first.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    limit: Option<i64>,
+    /// All there are.
+    #[arg(long)]
+    all: bool,
+}
+
+impl SelectPublished {
+    /// A replay of everything must be meant.
+    fn selection(&self) -> Result<Selection> {
+        let SelectPublished { ids, topic, key, since, until, limit, all } = self;
+        let selection = Selection {
+            ids: (!ids.is_empty()).then(|| ids.clone()),
+            topic: topic.clone(),
+            key: key.clone(),
+            since_ms: *since,
+            until_ms: *until,
+            error: None,
+            limit: *limit,
+        };
+        if !all && selection == (Selection { limit: *limit, ..Selection::default() }) {
+            anyhow::bail!("which ones? Name ids, --topic, --key, --since or --until, or say --all");
+        }
+        Ok(selection)
+    }
+}
+
+/// What to do, and whether to ask.
 #[derive(Args)]
 struct Change {
     /// Say what would be done, and change nothing.
@@ -422,6 +490,19 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
             let action = action.try_into()?;
             let config = Config::load(&cli.config)?;
             done(dead::run(&config, &action, &mut std::io::stdout())?)
+        }
+        Command::Replay { select, after, rate, prefix, stream, name, change } => {
+            let replay = replay::Replay {
+                selection: select.selection()?,
+                after: *after,
+                rate: *rate,
+                prefix: prefix.clone(),
+                stream: stream.clone(),
+                name: name.clone(),
+                how: change.how(),
+            };
+            let config = Config::load(&cli.config)?;
+            done(replay::run(&config, &replay, &mut std::io::stdout())?)
         }
         Command::Partitions { action } => {
             let config = Config::load(&cli.config)?;

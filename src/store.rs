@@ -29,6 +29,7 @@ mod dsn;
 mod overview;
 mod partitions;
 mod plain;
+mod replay;
 mod sessions;
 mod target;
 mod wake;
@@ -62,6 +63,7 @@ pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
 };
 pub use self::plain::{Insert, Plain};
+pub use self::replay::{Found as FoundPublished, FoundEvent};
 pub use self::sessions::Sessions;
 pub use self::wake::{Asked, Listener, SleepLock};
 

@@ -27,6 +27,8 @@ pub struct TopicMap {
     exact: HashMap<String, String>,
     /// Most specific first: the first match wins.
     patterns: Vec<Pattern>,
+    /// Put before every subject, with a dot between.
+    prefix: Option<String>,
 }
 
 /// An entry of a topic map that cannot work, and why.
@@ -65,6 +67,18 @@ impl TopicMap {
 
     /// The subject of `topic`; `topic` itself if nothing in the map matches it.
     pub fn subject<'a>(&self, topic: &'a str) -> Cow<'a, str> {
+        match &self.prefix {
+            None => self.mapped(topic),
+            Some(prefix) => Cow::Owned(format!("{prefix}.{}", self.mapped(topic))),
+        }
+    }
+
+    /// The same map with all subjects below `prefix`.
+    pub fn below(self, prefix: Option<String>) -> TopicMap {
+        TopicMap { prefix, ..self }
+    }
+
+    fn mapped<'a>(&self, topic: &'a str) -> Cow<'a, str> {
         if let Some(target) = self.exact.get(topic) {
             return Cow::Owned(target.clone());
         }
@@ -283,6 +297,15 @@ mod tests {
 
     fn map(entries: &[(&str, &str)]) -> Result<TopicMap, Vec<TopicMapProblem>> {
         TopicMap::new(entries.iter().map(|(pattern, target)| ((*pattern).to_owned(), (*target).to_owned())))
+    }
+
+    #[test]
+    fn a_prefix_goes_before_whatever_the_subject_is() {
+        let entries = [("a".to_owned(), "x.y".to_owned()), ("b.*".to_owned(), "z.*".to_owned())];
+        let map = TopicMap::new(entries).unwrap().below(Some("again".to_owned()));
+        for (topic, subject) in [("a", "again.x.y"), ("b.c", "again.z.c"), ("c", "again.c")] {
+            assert_eq!(map.subject(topic), subject);
+        }
     }
 
     #[test]

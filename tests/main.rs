@@ -33,6 +33,7 @@ mod pooler;
 mod postgres_tls;
 mod rejections;
 mod reload;
+mod replay;
 mod roles;
 mod sandbox;
 mod schema;

@@ -1,6 +1,6 @@
 -- The dead letters of a selection, in the order of their seq, without their payload and metadata: id, created_at, seq,
--- topic, key (its first 1,000 characters), lane, attempts, why they died, when, how many seconds ago that was, and how many seconds ago another row
--- with the same id was published (NULL: none was).
+-- topic, key (its first 1,000 characters), lane, attempts, why they died, when, how many seconds ago that was, and how
+-- many seconds ago another row with the same id was published (NULL: none was).
 --
 -- One pass over the index of dead letters, whatever is asked for. What is NULL selects all.
 --

@@ -50,6 +50,7 @@ fn publish_alone(bench: &Bench, events: &[Event], window: usize) -> Result<Durat
         instance: "bench-0".into(),
         stream: Some(bench.place.stream()?.to_owned()),
         allow: Vec::new(),
+        replay: None,
     };
     let made: Vec<(String, String)> = events
         .iter()
