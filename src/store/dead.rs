@@ -181,9 +181,10 @@ fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Res
     let ids: Vec<Uuid> = letters.iter().map(|letter| letter.id).collect();
     let created_at: Vec<Timestamp> = letters.iter().map(|letter| letter.created_at).collect();
     match change {
+        Change::Retry(new_ids) if new_ids.is_empty() => connection.query(&RETRY_DEAD, &[&ids, &created_at]),
         Change::Retry(new_ids) => {
             let new_ids: Vec<Uuid> = ids.iter().map(|id| new_ids.get(id).copied().unwrap_or(*id)).collect();
-            connection.query(&RETRY_DEAD, &[&ids, &created_at, &new_ids])
+            connection.query(&RETRY_DEAD_AFRESH, &[&ids, &created_at, &new_ids])
         }
         Change::Discard { by, reason } => {
             connection.query(&DISCARD_DEAD, &[&ids, &created_at, &storable(by), &storable(reason)])
@@ -251,6 +252,7 @@ fn read_whole(row: &Row) -> Result<Whole, postgres::Error> {
 const DEAD_LETTERS: Query = query!("dead_letters", UUID_ARRAY, TEXT, TEXT, INT8, INT8, TEXT, INT8);
 const EVENTS_BY_ID: Query = query!("events_by_id", UUID_ARRAY);
 const LOCK_LANE: Query = query!("lock_lane", INT4);
-const RETRY_DEAD: Query = query!("retry_dead", UUID_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY);
+const RETRY_DEAD: Query = query!("retry_dead", UUID_ARRAY, TIMESTAMPTZ_ARRAY);
+const RETRY_DEAD_AFRESH: Query = query!("retry_dead_afresh", UUID_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY);
 const DISCARD_DEAD: Query = query!("discard_dead", UUID_ARRAY, TIMESTAMPTZ_ARRAY, TEXT, TEXT);
 const WAKE_DISPATCHERS: Query = query!("wake_dispatchers");
