@@ -7,8 +7,8 @@
 -- outbox_dispatcher  for the daemon: reads the outbox, writes what becomes of events, locks lanes, and looks after the
 --                    partitions through functions that run as their owner. It changes no topic, metadata or payload,
 --                    inserts and deletes nothing, and sees no other table.
--- outbox_operator    for people: what the dispatcher may, and what other sessions do (pg_read_all_stats), for
---                    `pg-outbox status`.
+-- outbox_operator    for people: what the dispatcher may; what other sessions do (pg_read_all_stats), for
+--                    `pg-outbox status`; and a fresh id for a dead letter, for `pg-outbox dead retry --new-id`.
 --
 -- They cannot log in; make a login role a member: CREATE ROLE shop LOGIN PASSWORD '...' IN ROLE outbox_writer. Roles
 -- belong to the whole server: with several outboxes on one, give each roles of its own by the setting
@@ -59,6 +59,8 @@ BEGIN
        AND attname IN ('published_at', 'attempts', 'last_error', 'next_attempt_at', 'dead_at',
                        'discarded_at', 'discarded_by', 'discard_reason');
     EXECUTE format('GRANT SELECT, UPDATE (%s) ON %s.outboxes TO %s', outcome, home, readers);
+    -- A dead letter can be sent under a fresh message id.
+    EXECUTE format('GRANT UPDATE (id) ON %s.outboxes TO %I', home, operator);
     -- A row can be locked by whoever may update a column of it. Nothing ever changes a lane.
     EXECUTE format('GRANT SELECT, UPDATE (lane) ON %s.outbox_lanes TO %s', home, readers);
     EXECUTE format('GRANT SELECT ON %s.outbox_schema TO %s', home, readers);

@@ -313,7 +313,7 @@ fn two_operators_at_once_retry_each_event_once() {
 #[test]
 fn one_discards_while_another_retries_and_each_event_gets_one_of_both() {
     let (db, stream) = (database(), stream());
-    let config = Config::new(&db, &stream);
+    let config = Config::new(&db, &stream).set("database.dsn", db.operator_dsn());
     db.events("order.placed", 1_000, 64);
     bury(&db, "true", "refused");
     let [retried, discarded] = thread::scope(|scope| {
@@ -394,7 +394,7 @@ fn retries_under_load_keep_the_order_of_every_key() {
 #[test]
 fn the_duplicate_window_swallows_and_a_fresh_id_does_not() {
     let (db, stream) = (database(), stream());
-    let config = Config::new(&db, &stream);
+    let config = Config::new(&db, &stream).set("database.dsn", db.operator_dsn());
     let daemon = Daemon::start(&config);
     let [kept, fresh] = [db.event("order.placed", "a", "1"), db.event("order.placed", "b", "2")];
     wait_drained(&db, &stream, &[&daemon], LIMIT);
@@ -417,6 +417,8 @@ fn the_duplicate_window_swallows_and_a_fresh_id_does_not() {
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     assert_eq!((db.dead(), stream.count()), (1, 2), "published, as the stream has it, and not stored again");
 
+    let as_dispatcher = dead(&Config::new(&db, &stream), &["retry", &old_id, "--new-id"]);
+    assert!(stderr(&as_dispatcher).contains("as outbox_operator may"), "{as_dispatcher:?}");
     let done = dead_json(&config, &["retry", &old_id, "--new-id", "--json"]);
     let new_id = done["events"][0]["new_id"].as_str().unwrap().to_owned();
     assert_ne!(new_id, old_id);
@@ -436,7 +438,9 @@ fn the_duplicate_window_swallows_and_a_fresh_id_does_not() {
 #[test]
 fn rows_that_share_an_id_go_on_sharing_one() {
     let (db, stream) = (database(), stream());
-    let config = Config::new(&db, &stream).set("nats.url", "nats://127.0.0.1:1");
+    let config = Config::new(&db, &stream)
+        .set("database.dsn", db.operator_dsn())
+        .set("nats.url", "nats://127.0.0.1:1");
     db.execute(
         "INSERT INTO outboxes (id, created_at, topic, payload, dead_at, last_error) VALUES
          ('00000000-0000-0000-0000-000000000001', now() - interval '40 days', 'a', '{}', now(), 'no ack within 5s'),

@@ -21,6 +21,8 @@ const LANE_TIMEOUT: Duration = Duration::from_secs(25);
 pub const CHANGE_MAX: usize = 500;
 /// `lock_not_available`.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// `insufficient_privilege`.
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
 /// Which dead letters. What is `None` selects all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -184,7 +186,16 @@ fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Res
         Change::Retry(new_ids) if new_ids.is_empty() => connection.query(&RETRY_DEAD, &[&ids, &created_at]),
         Change::Retry(new_ids) => {
             let new_ids: Vec<Uuid> = ids.iter().map(|id| new_ids.get(id).copied().unwrap_or(*id)).collect();
-            connection.query(&RETRY_DEAD_AFRESH, &[&ids, &created_at, &new_ids])
+            let retried = connection.query(&RETRY_DEAD_AFRESH, &[&ids, &created_at, &new_ids]);
+            retried.map_err(|error| match error.sqlstate() {
+                Some(INSUFFICIENT_PRIVILEGE) => {
+                    let text = format!(
+                        "a fresh id takes a role that may change ids, as outbox_operator may ({error})"
+                    );
+                    StoreError { text, ..error }
+                }
+                _ => error,
+            })
         }
         Change::Discard { by, reason } => {
             connection.query(&DISCARD_DEAD, &[&ids, &created_at, &storable(by), &storable(reason)])
