@@ -413,7 +413,8 @@ impl<'a> Flight<'a> {
         }
     }
 
-    /// Sends a run as one batch. An event that can never be a message sends them all one by one: its turn will come.
+    /// Sends a run as one batch. An event that can never be a message, or not with what a batch adds to its headers,
+    /// sends them all one by one: its turn will come.
     fn send_batch(&mut self, run: &Run, deadline: Instant) -> Result<Option<u64>, NotSent> {
         let max_payload = self.session.max_payload();
         let facts = self.facts.as_deref();
@@ -434,6 +435,11 @@ impl<'a> Flight<'a> {
                 "Nats-Batch-Id: {batch}\r\nNats-Batch-Sequence: {place}\r\n{commit}{}",
                 message.headers
             );
+            // The server would close the connection, whenever they are sent as a batch.
+            if HEADERS_FRAME + message.headers.len() + message.event.payload.len() > max_payload {
+                self.send_singly(run);
+                return Ok(None);
+            }
         }
         let Some(commit) = messages.pop() else { return Ok(None) };
         for message in messages {

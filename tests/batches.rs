@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::Store;
+use pg_outbox::sandbox::{Nats, NatsOptions, Store};
 use serde_json::json;
 
 use super::delivery::wait_drained;
-use super::harness::stream::current_nats;
+use super::harness::stream::{current_nats, current_nats_server};
 use super::harness::workload::writers_until;
 use super::harness::{Config, Daemon, TestStream, Workload, check_history, database, wait_until, writers};
 
@@ -64,6 +64,30 @@ fn an_event_that_is_refused_is_the_only_one() {
         "SELECT count(*) FROM outboxes WHERE last_error LIKE '%nowhere.thing%' OR last_error LIKE '%max_msg_size%'",
     );
     assert_eq!(errors, 2);
+}
+
+#[test]
+fn an_event_that_fits_alone_and_not_into_a_batch_goes_alone() {
+    const MAX_PAYLOAD: usize = 65_536;
+    let config = format!("max_payload: {MAX_PAYLOAD}");
+    let nats = Nats::start(&NatsOptions { program: Some(current_nats_server()), config }).unwrap();
+    let db = database();
+    let stream = TestStream::on(&nats.url(), &json!({ "allow_atomic": true }));
+    let config = Config::new(&db, &stream);
+    db.events("order.placed", 1, 1);
+    let mut daemon = Daemon::start(&config);
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    daemon.kill();
+    // A batch adds more than 80 bytes to the headers of each event.
+    let (frame, near) = (stream.messages()[0].headers.len() + r#"{"n": 15, "filler": ""}"#.len(), 60);
+    for n in 2..=30 {
+        let filler = if n == 15 { MAX_PAYLOAD - frame - near } else { 0 };
+        db.event("order.placed", "k", &json!({ "n": n, "filler": "x".repeat(filler) }).to_string());
+    }
+    let daemon = Daemon::start(&config);
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    assert_eq!(numbers(&stream), (1..=30).collect::<Vec<i64>>());
+    assert!(daemon.log_lines("outage begins").is_empty(), "{}", daemon.log());
 }
 
 #[test]
