@@ -7,7 +7,8 @@
 //! flushed, as in a crash.
 //!
 //! The places, in the order of a claim: `claim.locked` (lanes locked, nothing read), `claim.read` (nothing
-//! published), `publish.sent` (an event handed over, its ack not heard), `publish.acked` (an ack heard, others
+//! published), `publish.part` (an event of a batch handed over, others not), `publish.sent` (an event, or the last of
+//! a batch, handed over, its ack not heard), `publish.acked` (an ack heard, others
 //! perhaps on their way), `settle.begin` (every outcome known, nothing written), `settle.written` (written, not
 //! committed), `settle.committed` (the lanes are free again).
 

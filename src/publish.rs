@@ -444,6 +444,7 @@ impl<'a> Flight<'a> {
         let Some(commit) = messages.pop() else { return Ok(None) };
         for message in messages {
             self.session.publish_part(message, self.budget, deadline)?;
+            failpoint!("publish.part");
         }
         self.session.publish(commit, self.budget, deadline).map(Some)
     }

@@ -10,8 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use pg_outbox::sandbox::{Postgres, PostgresOptions};
 use serde_json::json;
 
+use super::super::harness::TestDb;
 use super::super::harness::database::{as_postgres_user, start_postgres_with};
-use super::super::harness::{TestDb, stream};
 use super::{Run, Stage};
 
 const HOUR_S: i64 = 3_600;
@@ -74,7 +74,7 @@ fn libfaketime() -> PathBuf {
 /// Hours and days forward and back, while some events are in retry.
 pub fn jumps(run: &mut Run) {
     let clock = Clock::start();
-    let mut stage = Stage::new(TestDb::on(&clock.postgres), stream());
+    let mut stage = Stage::new(TestDb::on(&clock.postgres), run.stream());
     stage.cause = Some(REFUSED);
     stage.config = stage
         .config
@@ -113,7 +113,7 @@ pub fn a_month_begins(run: &mut Run) {
     let month = |at_s: i64| format!("(to_timestamp({at_s}) AT TIME ZONE 'UTC')::date");
     db.execute(&format!("SELECT create_monthly_partition('outboxes', {})", month(begins_s - DAY_S)));
     clock.set(begins_s - now_s() - 60);
-    let mut stage = Stage::new(db, stream());
+    let mut stage = Stage::new(db, run.stream());
     stage.start();
     run.under_load(&mut stage, |run, _| {
         clock.set(begins_s - now_s() - 2);

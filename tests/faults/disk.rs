@@ -10,7 +10,7 @@ use pg_outbox::sandbox::PostgresOptions;
 use postgres::Client;
 
 use super::super::harness::database::{as_postgres_user, start_postgres_with};
-use super::super::harness::{TestDb, stream, wait_until};
+use super::super::harness::{TestDb, wait_until};
 use super::{Run, Stage};
 
 /// Where the small disk is, for the server alone: any folder that exists.
@@ -27,7 +27,7 @@ pub fn is_full(run: &mut Run) {
     let postgres = start_postgres_with(options);
     let mut admin = postgres::Client::connect(&postgres.dsn("postgres"), postgres::NoTls).unwrap();
     admin.batch_execute(&format!("CREATE TABLESPACE small LOCATION '{MOUNT_POINT}'")).unwrap();
-    let mut stage = Stage::new(TestDb::in_tablespace(&postgres, "small"), stream());
+    let mut stage = Stage::new(TestDb::in_tablespace(&postgres, "small"), run.stream());
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         let mut client = stage.db.client();

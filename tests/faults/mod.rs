@@ -9,6 +9,10 @@
 //! Each fault is an ordinary test, quick by default. `tests/faults.sh` runs them all again and again with
 //! `PG_OUTBOX_FAULTS=long`, where outages last a minute. What a fault draws (when, how often, how long) comes from one
 //! seed, which is printed; `PG_OUTBOX_FAULTS_SEED` repeats it.
+//!
+//! Every fault is for both ways of sending (see [`Sending`]): event by event, and, with one hot key for all events, in
+//! atomic batches. `PG_OUTBOX_FAULTS_SENDING=batches` chooses the second; some of them stand in [`in_batches`], so that
+//! an ordinary run tries both.
 
 mod clock;
 mod disk;
@@ -25,14 +29,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pg_outbox::sandbox::Nats;
+use serde_json::{Value, json};
+
+use super::harness::stream::{current_nats, shared_current_nats, shared_nats};
 use super::harness::workload::writers_until;
 use super::harness::{
     Config, Daemon, Evidence, Evident, History, Mode, Stored, TestDb, TestStream, Workload, check_all,
-    unique, wait_until,
+    start_nats, unique, wait_until,
 };
 
 /// `long` makes every fault last as long as the issue it stands for does.
 const LENGTH_VARIABLE: &str = "PG_OUTBOX_FAULTS";
+/// `batches` has events sent in atomic batches.
+const SENDING_VARIABLE: &str = "PG_OUTBOX_FAULTS_SENDING";
 /// The seed of a run, to repeat it.
 const SEED_VARIABLE: &str = "PG_OUTBOX_FAULTS_SEED";
 /// Time under load before the fault and after it.
@@ -49,18 +59,44 @@ macro_rules! faults {
         $(
             #[test]
             fn $name() {
-                let limit = Duration::from_secs($limit_s);
-                $happen(&mut Run::new(stringify!($name), $promise, limit));
+                happen::$name(Sending::asked_for());
             }
         )*
+
+        mod happen {
+            use super::*;
+
+            $(
+                pub fn $name(sending: Sending) {
+                    let limit = Duration::from_secs($limit_s);
+                    $happen(&mut Run::new(stringify!($name), sending, $promise, limit));
+                }
+            )*
+        }
+    };
+}
+
+/// Faults that an ordinary run tries with batches, too.
+macro_rules! in_batches {
+    ($($name:ident)*) => {
+        mod in_batches {
+            use super::{Sending, happen};
+
+            $(
+                #[test]
+                fn $name() {
+                    happen::$name(Sending::Batches);
+                }
+            )*
+        }
     };
 }
 
 faults! {
     killed_after_locking_lanes, within 20 s, "the lanes of a dead instance are free": |run: &mut Run| instances::killed_at(run, "claim.locked", 1..=15);
     killed_after_reading_events, within 20 s, "read is not published": |run: &mut Run| instances::killed_at(run, "claim.read", 1..=15);
-    killed_while_publishing, within 20 s, "what was on its way goes again, in order": |run: &mut Run| instances::killed_at(run, "publish.sent", 1..=400);
-    killed_after_acks, within 20 s, "what was acked and not settled is dropped by its id": |run: &mut Run| instances::killed_at(run, "publish.acked", 1..=400);
+    killed_while_publishing, within 20 s, "what was on its way goes again, in order": instances::killed_while_publishing;
+    killed_after_acks, within 20 s, "what was acked and not settled is dropped by its id": instances::killed_after_acks;
     killed_before_settling, within 20 s, "a whole claim goes again": |run: &mut Run| instances::killed_at(run, "settle.begin", 1..=15);
     killed_before_committing, within 20 s, "what was written is rolled back, and goes again": |run: &mut Run| instances::killed_at(run, "settle.written", 1..=15);
     killed_after_committing, within 20 s, "what was committed stays": |run: &mut Run| instances::killed_at(run, "settle.committed", 1..=15);
@@ -87,7 +123,7 @@ faults! {
     nats_starts_with_an_empty_store, within 60 s, "what had no ack is stored by the new stream": nats::starts_empty;
     the_stream_is_deleted, within 60 s, "events wait until it is there again": nats::the_stream_is_deleted;
     the_stream_is_full, within 60 s, "events wait until there is room": nats::the_stream_is_full;
-    the_stream_leader_is_killed, within 60 s, "a leader change reorders nothing": nats::the_leader_is_killed;
+    the_cluster_loses_its_leader, within 60 s, "a leader change reorders nothing": nats::the_leader_is_killed;
     the_cluster_loses_its_quorum, within 90 s, "no leader is an outage": nats::the_quorum_is_lost;
 
     the_network_to_postgres_is_slow, within 60 s, "slow is not lost": network::slow_to_postgres;
@@ -106,9 +142,51 @@ faults! {
     a_month_begins_without_its_partition, within 30 s, "the default partition takes it": clock::a_month_begins;
 }
 
+in_batches! {
+    killed_while_publishing
+    killed_after_acks
+    killed_before_committing
+    paused_within_the_duplicate_window
+    postgres_stops_at_once
+    nats_is_killed
+    the_stream_is_full
+    we_do_not_hear_nats
+    acks_come_too_late_for_the_duplicate_window
+}
+
+/// How events go to the stream, and what it takes for that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sending {
+    /// One event of a key at a time, of several hundred keys, to the nats-server that tests use.
+    Singly,
+    /// A single key, in atomic batches, to a current nats-server.
+    Batches,
+}
+
+impl Sending {
+    fn asked_for() -> Sending {
+        match std::env::var(SENDING_VARIABLE).as_deref() {
+            Err(_) | Ok("singly") => Sending::Singly,
+            Ok("batches") => Sending::Batches,
+            Ok(other) => panic!("{SENDING_VARIABLE}={other}: singly or batches"),
+        }
+    }
+
+    /// What the writers do that is different.
+    fn workload(self) -> Workload {
+        match self {
+            Sending::Singly => Workload::default(),
+            // Large transactions, as the writers wait for each other for the key, and short runs do not go as batches.
+            Sending::Batches => Workload { keys: 1, transaction_max: 50, ..Workload::default() },
+        }
+    }
+}
+
 /// One run of one fault.
 pub struct Run {
     name: &'static str,
+    /// How events go out.
+    pub sending: Sending,
     promise: &'static str,
     /// From the end of the fault until everything committed before is settled.
     limit: Duration,
@@ -119,7 +197,7 @@ pub struct Run {
 }
 
 impl Run {
-    fn new(name: &'static str, promise: &'static str, limit: Duration) -> Run {
+    fn new(name: &'static str, sending: Sending, promise: &'static str, limit: Duration) -> Run {
         let seed = match std::env::var(SEED_VARIABLE) {
             Ok(seed) => seed.parse().unwrap_or_else(|error| panic!("{SEED_VARIABLE}={seed}: {error}")),
             Err(_) => fastrand::u64(..),
@@ -130,12 +208,51 @@ impl Run {
             Ok(other) => panic!("{LENGTH_VARIABLE}={other}: quick or long"),
         };
         println!("fault={name} seed={seed}: to repeat it, {SEED_VARIABLE}={seed}");
-        Run { name, promise, limit, seed, long, rng: fastrand::Rng::with_seed(seed) }
+        Run { name, sending, promise, limit, seed, long, rng: fastrand::Rng::with_seed(seed) }
     }
 
     /// `quick` in a quick run, `long` in a long one.
     pub fn pick<T>(&self, quick: T, long: T) -> T {
         if self.long { long } else { quick }
+    }
+
+    /// The nats-server that all tests share.
+    pub fn nats(&self) -> &'static Nats {
+        match self.sending {
+            Sending::Singly => shared_nats(),
+            Sending::Batches => shared_current_nats(),
+        }
+    }
+
+    /// A nats-server of one's own, to stop, pause or empty it.
+    pub fn start_nats(&self) -> Nats {
+        match self.sending {
+            Sending::Singly => start_nats(""),
+            Sending::Batches => current_nats(),
+        }
+    }
+
+    /// A stream on the server that all tests share.
+    pub fn stream(&self) -> TestStream {
+        self.stream_on(self.nats())
+    }
+
+    /// The same, with settings of its own.
+    pub fn stream_with(&self, settings: Value) -> TestStream {
+        TestStream::on(&self.nats().url(), &self.settings(settings))
+    }
+
+    /// A stream on this server.
+    pub fn stream_on(&self, nats: &Nats) -> TestStream {
+        TestStream::on(&nats.url(), &self.settings(json!({})))
+    }
+
+    /// These settings, and what batches need of a stream.
+    pub fn settings(&self, mut settings: Value) -> Value {
+        if self.sending == Sending::Batches {
+            settings["allow_atomic"] = json!(true);
+        }
+        settings
     }
 
     /// Waits for a time between these, in milliseconds.
@@ -149,14 +266,14 @@ impl Run {
             events: usize::MAX,
             pause: Duration::from_millis(self.pick(20, 40)),
             seed: Some(self.seed),
-            ..Workload::default()
+            ..self.sending.workload()
         };
         let (stop, dsn) = (AtomicBool::new(false), stage.db.dsn.clone());
         let (history, recovered) = thread::scope(|scope| {
             let writing = scope.spawn(|| writers_until(&dsn, &workload, &stop));
             // Also when the fault fails: the scope waits for the writers.
             let stopping = Stopping(&stop);
-            stage.wait_work("the service is at work");
+            wait_until("the service is at work", SERVER_LIMIT, &[stage], || stage.published() > 100.0);
             thread::sleep(CALM);
             fault(self, stage);
             let recovered = stage.wait_recovered(self.limit);
@@ -182,10 +299,12 @@ impl Run {
                 redelivered,
             },
         );
+        let batched = stage.stored().filter(|message| message.header("Nats-Batch-Id").is_some()).count();
         // tests/faults.sh reads this line.
         println!(
-            "verdict: fault={} limit={}s recovered={:.1}s committed={} redelivered={redelivered} admitted={} faults={} promise={}",
+            "verdict: fault={} sending={:?} limit={}s recovered={:.1}s committed={} batched={batched} redelivered={redelivered} admitted={} faults={} promise={}",
             self.name,
+            self.sending,
             self.limit.as_secs(),
             recovered.as_secs_f64(),
             history.committed.len(),
@@ -203,7 +322,8 @@ impl Run {
             verdict.describe(),
             stage.evidence()
         );
-        assert!(history.committed.len() > 100, "the writers must have written");
+        let expected = self.sending == Sending::Batches;
+        assert_eq!(batched > stage.stored().count() / 4, expected, "{batched} went in batches");
     }
 }
 
@@ -278,6 +398,11 @@ impl Stage {
     /// Ends the life of the stream: what it stored so far is kept for the judge, as it is about to be emptied.
     pub fn end_life(&mut self) {
         self.lives.push(self.stream.messages());
+    }
+
+    /// What the stream stored in all its lives.
+    fn stored(&self) -> impl Iterator<Item = &Stored> {
+        self.lives.iter().flatten()
     }
 
     /// How many events the running instances have published.

@@ -7,7 +7,7 @@ use pg_outbox::sandbox::{Stop, Store};
 use serde_json::json;
 
 use super::super::harness::proxy::Proxy;
-use super::super::harness::{Cluster, TestStream, database, start_nats, stream, wait_until};
+use super::super::harness::{Cluster, TestStream, database, wait_until};
 use super::{Run, Stage};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -23,8 +23,8 @@ pub fn is_killed(run: &mut Run) {
 }
 
 fn restarts(run: &mut Run, mode: Stop) {
-    let mut nats = start_nats("");
-    let mut stage = Stage::new(database(), TestStream::on(&nats.url(), &json!({})));
+    let mut nats = run.start_nats();
+    let mut stage = Stage::new(database(), run.stream_on(&nats));
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         for _ in 0..2 {
@@ -39,8 +39,8 @@ fn restarts(run: &mut Run, mode: Stop) {
 
 /// SIGSTOP: connections stay open, nothing answers.
 pub fn stalls(run: &mut Run) {
-    let nats = start_nats("");
-    let mut stage = Stage::new(database(), TestStream::on(&nats.url(), &json!({})));
+    let nats = run.start_nats();
+    let mut stage = Stage::new(database(), run.stream_on(&nats));
     stage.start();
     run.under_load(&mut stage, |run, _| {
         nats.pause().unwrap();
@@ -52,9 +52,9 @@ pub fn stalls(run: &mut Run) {
 /// The server is killed and finds nothing of what it had stored. What it had acknowledged until then is gone with
 /// it, and no fault of ours: the judge reads it before. To know what that is, the connections are cut first.
 pub fn starts_empty(run: &mut Run) {
-    let mut nats = start_nats("");
+    let mut nats = run.start_nats();
     let proxy = Proxy::to(nats.port());
-    let mut stage = behind(&proxy, TestStream::on(&nats.url(), &json!({})));
+    let mut stage = behind(&proxy, run.stream_on(&nats));
     run.under_load(&mut stage, |run, stage| {
         proxy.refuse();
         wait_quiet(&stage.stream);
@@ -64,15 +64,15 @@ pub fn starts_empty(run: &mut Run) {
         nats.start_again(Store::Emptied).unwrap();
         proxy.admit();
         run.pause(500..=2_000);
-        stage.stream.create(&json!({}));
+        stage.stream.create(&run.settings(json!({})));
     });
 }
 
 /// The stream is deleted, is missing for a while, and is made anew.
 pub fn the_stream_is_deleted(run: &mut Run) {
-    let nats = start_nats("");
+    let nats = run.start_nats();
     let proxy = Proxy::to(nats.port());
-    let mut stage = behind(&proxy, TestStream::on(&nats.url(), &json!({})));
+    let mut stage = behind(&proxy, run.stream_on(&nats));
     run.under_load(&mut stage, |run, stage| {
         proxy.refuse();
         wait_quiet(&stage.stream);
@@ -84,7 +84,7 @@ pub fn the_stream_is_deleted(run: &mut Run) {
         wait_until("it says what is missing", LIMIT, &[stage], || {
             instance.get("/ready").1.contains("is missing")
         });
-        stage.stream.create(&json!({}));
+        stage.stream.create(&run.settings(json!({})));
     });
 }
 
@@ -110,7 +110,7 @@ fn wait_quiet(stream: &TestStream) {
 
 /// A stream that refuses new messages rather than forget old ones.
 pub fn the_stream_is_full(run: &mut Run) {
-    let mut stage = Stage::new(database(), stream());
+    let mut stage = Stage::new(database(), run.stream());
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         for _ in 0..run.pick(1, 3) {
@@ -130,7 +130,7 @@ pub fn the_stream_is_full(run: &mut Run) {
 /// The server that leads the stream is killed, and the next one, and so on; each comes back.
 pub fn the_leader_is_killed(run: &mut Run) {
     let mut cluster = Cluster::start();
-    let mut stage = Stage::new(database(), cluster.stream());
+    let mut stage = Stage::new(database(), cluster.stream(&run.settings(json!({}))));
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         for _ in 0..run.pick(2, 6) {
@@ -152,7 +152,7 @@ pub fn the_leader_is_killed(run: &mut Run) {
 /// Two of three servers are gone: the third one answers questions, and stores nothing.
 pub fn the_quorum_is_lost(run: &mut Run) {
     let mut cluster = Cluster::start();
-    let mut stage = Stage::new(database(), cluster.stream());
+    let mut stage = Stage::new(database(), cluster.stream(&run.settings(json!({}))));
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         // Often the one that leads the stream: it goes on to take what it cannot store, until it notices.

@@ -6,8 +6,7 @@ use serde_json::json;
 
 use super::super::harness::database::shared_postgres;
 use super::super::harness::proxy::{Flow, Proxy, Way};
-use super::super::harness::stream::shared_nats;
-use super::super::harness::{TestStream, database, stream};
+use super::super::harness::{TestStream, database};
 use super::{Run, Stage};
 
 /// What the ways of the network are set to while the fault lasts.
@@ -43,19 +42,19 @@ pub fn we_do_not_hear_postgres(run: &mut Run) {
 
 /// Every connection to PostgreSQL breaks, again and again.
 pub fn postgres_breaks(run: &mut Run) {
-    let (proxy, mut stage) = postgres_behind_a_proxy();
+    let (proxy, mut stage) = postgres_behind_a_proxy(run);
     run.under_load(&mut stage, |run, _| breaks(run, &proxy));
 }
 
 fn to_postgres(run: &mut Run, ways: Ways) {
-    let (proxy, mut stage) = postgres_behind_a_proxy();
+    let (proxy, mut stage) = postgres_behind_a_proxy(run);
     run.under_load(&mut stage, |run, _| lasts(run, &proxy, ways));
 }
 
-fn postgres_behind_a_proxy() -> (Proxy, Stage) {
+fn postgres_behind_a_proxy(run: &Run) -> (Proxy, Stage) {
     let postgres = shared_postgres();
     let proxy = Proxy::to(postgres.port());
-    let mut stage = Stage::new(database(), stream());
+    let mut stage = Stage::new(database(), run.stream());
     let dsn =
         stage.db.dispatcher_dsn().replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
     assert_ne!(dsn, stage.db.dispatcher_dsn());
@@ -86,8 +85,8 @@ pub fn we_do_not_hear_nats(run: &mut Run) {
 
 /// NATS stores what we send, its acks do not come, and when we send it again, it has forgotten.
 pub fn acks_beyond_the_window(run: &mut Run) {
-    let settings = json!({"duplicate_window": 1_000_000_000_u64});
-    let (proxy, mut stage) = nats_behind_a_proxy(TestStream::on(&shared_nats().url(), &settings));
+    let stream = run.stream_with(json!({"duplicate_window": 1_000_000_000_u64}));
+    let (proxy, mut stage) = nats_behind_a_proxy(run, stream);
     stage.window = Duration::from_secs(1);
     run.under_load(&mut stage, |run, _| lasts(run, &proxy, DEAF));
     assert!(stage.admitted > 0, "the pause must have been too long for the window");
@@ -95,17 +94,17 @@ pub fn acks_beyond_the_window(run: &mut Run) {
 
 /// Every connection to NATS breaks, again and again.
 pub fn nats_breaks(run: &mut Run) {
-    let (proxy, mut stage) = nats_behind_a_proxy(stream());
+    let (proxy, mut stage) = nats_behind_a_proxy(run, run.stream());
     run.under_load(&mut stage, |run, _| breaks(run, &proxy));
 }
 
 fn to_nats(run: &mut Run, ways: Ways) {
-    let (proxy, mut stage) = nats_behind_a_proxy(stream());
+    let (proxy, mut stage) = nats_behind_a_proxy(run, run.stream());
     run.under_load(&mut stage, |run, _| lasts(run, &proxy, ways));
 }
 
-fn nats_behind_a_proxy(stream: TestStream) -> (Proxy, Stage) {
-    let proxy = Proxy::to(shared_nats().port());
+fn nats_behind_a_proxy(run: &Run, stream: TestStream) -> (Proxy, Stage) {
+    let proxy = Proxy::to(run.nats().port());
     let mut stage = Stage::new(database(), stream);
     stage.config = stage
         .config

@@ -3,7 +3,7 @@
 use pg_outbox::sandbox::Stop;
 
 use super::super::harness::database::start_postgres;
-use super::super::harness::{Mode, Pooler, TestDb, stream};
+use super::super::harness::{Mode, Pooler, TestDb};
 use super::{Run, Stage};
 
 /// Connections to the server: enough for the claims of two instances, and in session mode for all that they keep.
@@ -13,7 +13,7 @@ const CONNECTIONS: usize = 40;
 pub fn everything(run: &mut Run, mode: Mode) {
     let mut postgres = start_postgres();
     let mut pooler = Pooler::to(&postgres, mode, CONNECTIONS);
-    let mut stage = Stage::new(TestDb::on(&postgres), stream());
+    let mut stage = Stage::new(TestDb::on(&postgres), run.stream());
     stage.config = stage.config.set("database.dsn", pooler.dsn(&stage.db));
     stage.start();
     stage.start();

@@ -6,7 +6,7 @@ use pg_outbox::sandbox::{Postgres, PostgresOptions, Stop};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::super::harness::database::{start_postgres, start_postgres_with};
-use super::super::harness::{TestDb, database, stream, wait_until};
+use super::super::harness::{TestDb, database, wait_until};
 use super::{Run, Stage};
 
 /// What ours are called in `pg_stat_activity`.
@@ -25,7 +25,7 @@ pub fn stops_at_once(run: &mut Run) {
 
 fn restarts(run: &mut Run, mode: Stop) {
     let mut postgres = start_postgres();
-    let mut stage = Stage::new(TestDb::on(&postgres), stream());
+    let mut stage = Stage::new(TestDb::on(&postgres), run.stream());
     stage.start();
     run.under_load(&mut stage, |run, _| {
         for _ in 0..2 {
@@ -40,7 +40,7 @@ fn restarts(run: &mut Run, mode: Stop) {
 /// SIGKILL of a backend of ours, at which the postmaster ends all others and recovers.
 pub fn a_backend_crashes(run: &mut Run) {
     let postgres = start_postgres();
-    let mut stage = Stage::new(TestDb::on(&postgres), stream());
+    let mut stage = Stage::new(TestDb::on(&postgres), run.stream());
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         for _ in 0..run.pick(2, 6) {
@@ -57,7 +57,7 @@ pub fn a_backend_crashes(run: &mut Run) {
 
 /// `pg_terminate_backend` on every connection of ours, again and again.
 pub fn our_backends_are_terminated(run: &mut Run) {
-    let mut stage = Stage::new(database(), stream());
+    let mut stage = Stage::new(database(), run.stream());
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         for _ in 0..run.pick(8, 60) {
@@ -73,7 +73,7 @@ pub fn is_out_of_connections(run: &mut Run) {
         settings: vec!["max_connections=40".to_owned()],
         ..PostgresOptions::default()
     });
-    let mut stage = Stage::new(TestDb::on(&postgres), stream());
+    let mut stage = Stage::new(TestDb::on(&postgres), run.stream());
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         let until = Instant::now() + Duration::from_secs(run.pick(4, 40));
@@ -106,7 +106,7 @@ pub fn a_replica_takes_over(run: &mut Run) {
     });
     let (first, second) = (format!("127.0.0.1:{}", primary.port()), format!("127.0.0.1:{}", replica.port()));
     db.dsn = db.dsn.replace(&first, &format!("{first},{second}")) + "?target_session_attrs=read-write";
-    let mut stage = Stage::new(db, stream());
+    let mut stage = Stage::new(db, run.stream());
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         primary.kill().unwrap();
@@ -119,7 +119,7 @@ pub fn a_replica_takes_over(run: &mut Run) {
 /// Somebody holds the table for longer than a statement may take. In a quick run the statements are cancelled, which
 /// is what the timeout of 30 s does.
 pub fn statements_time_out(run: &mut Run) {
-    let mut stage = Stage::new(database(), stream());
+    let mut stage = Stage::new(database(), run.stream());
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         let mut holder = stage.db.client();
@@ -141,7 +141,7 @@ pub fn statements_time_out(run: &mut Run) {
 /// Somebody builds an index (claims can be read, and not settled), then changes the table, and our lock timeout is
 /// short.
 pub fn locks_time_out(run: &mut Run) {
-    let mut stage = Stage::new(database(), stream());
+    let mut stage = Stage::new(database(), run.stream());
     let dsn = format!("{}?options=-c%20lock_timeout%3D300", stage.db.dispatcher_dsn());
     stage.config = stage.config.clone().set("database.dsn", dsn);
     stage.start();

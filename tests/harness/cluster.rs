@@ -39,10 +39,11 @@ impl Cluster {
         self.servers.iter().map(Nats::url).collect::<Vec<_>>().join(",")
     }
 
-    /// A stream with three replicas.
-    pub fn stream(&self) -> TestStream {
+    /// A stream with three replicas; `settings` override the fields of its configuration.
+    pub fn stream(&self, settings: &Value) -> TestStream {
         let stream = TestStream::named(&self.urls());
-        let settings = json!({"num_replicas": 3});
+        let mut settings = settings.clone();
+        settings["num_replicas"] = json!(3);
         let witnesses: Vec<&dyn Evidence> =
             self.servers.iter().map(|server| server as &dyn Evidence).collect();
         wait_until("the cluster makes a stream", LEADER_LIMIT, &witnesses, || {

@@ -39,6 +39,12 @@ pub fn current_nats_server() -> PathBuf {
     program
 }
 
+/// The current nats-server that all tests share. It is never stopped or paused.
+pub fn shared_current_nats() -> &'static Nats {
+    static NATS: OnceLock<Nats> = OnceLock::new();
+    NATS.get_or_init(current_nats)
+}
+
 /// A private server of the current version.
 pub fn current_nats() -> Nats {
     let options = NatsOptions { program: Some(current_nats_server()), ..NatsOptions::default() };

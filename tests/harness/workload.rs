@@ -9,8 +9,6 @@ use postgres::{Client, NoTls};
 use super::database::{WRITER, as_role};
 use super::{Committed, History};
 
-/// Events of one transaction at most.
-const MAX_EVENTS: usize = 5;
 /// Longest time a writer goes on trying to reach a database that is gone.
 const RECONNECT_LIMIT: Duration = Duration::from_secs(120);
 /// Pause before a transaction that failed is tried again.
@@ -25,6 +23,8 @@ pub struct Workload {
     pub keys: usize,
     /// Events to commit, exactly (unless stopped earlier).
     pub events: usize,
+    /// Events of one transaction at most.
+    pub transaction_max: usize,
     /// Of a hundred transactions, how many are rolled back.
     pub rollback_percent: u8,
     /// Topic of all events.
@@ -41,6 +41,7 @@ impl Default for Workload {
             writers: 8,
             keys: 300,
             events: 5_000,
+            transaction_max: 5,
             rollback_percent: 10,
             topic: "order.placed".to_owned(),
             pause: Duration::ZERO,
@@ -105,7 +106,7 @@ impl Writer<'_> {
         let mut client = connect(self.writer);
         while !self.stop.load(Ordering::Relaxed) {
             let rollback = fastrand::u8(0..100) < self.workload.rollback_percent;
-            let mut count = fastrand::usize(1..=MAX_EVENTS);
+            let mut count = fastrand::usize(1..=self.workload.transaction_max);
             if !rollback {
                 let before = self.started.fetch_add(count, Ordering::Relaxed);
                 if before >= self.workload.events {
