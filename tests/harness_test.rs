@@ -20,6 +20,7 @@ fn committed() -> Vec<Committed> {
     let event = |key: &str, n: u64| Committed {
         id: format!("{key}-{n}"),
         seq: i64::try_from(n).unwrap(),
+        transaction: i64::try_from(n).unwrap(),
         key: key.to_owned(),
         n,
     };
@@ -265,15 +266,19 @@ fn the_workload_records_the_truth_across_restarts_of_the_database() {
 fn assert_recorded(db: &TestDb, history: History) {
     let rows = db
         .client()
-        .query("SELECT id::text, seq, payload->>'key', (payload->>'n')::int8 FROM outboxes ORDER BY seq", &[])
+        .query(
+            "SELECT id::text, seq, xmin::text::int8, payload->>'key', (payload->>'n')::int8 FROM outboxes ORDER BY seq",
+            &[],
+        )
         .unwrap();
     let mut in_table = Vec::new();
     for row in rows {
-        let n: i64 = row.get(3);
+        let n: i64 = row.get(4);
         in_table.push(Committed {
             id: row.get(0),
             seq: row.get(1),
-            key: row.get(2),
+            transaction: row.get(2),
+            key: row.get(3),
             n: u64::try_from(n).unwrap(),
         });
     }

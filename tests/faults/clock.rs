@@ -94,7 +94,7 @@ pub fn jumps(run: &mut Run) {
                 let ahead = stage.db.number("SELECT extract(epoch FROM clock_timestamp())::int8") - now_s();
                 assert!((ahead - hours * HOUR_S).abs() < 60, "{hours} hours: the clock is {ahead} s ahead");
                 stage.stream.update(&json!({"subjects": subjects}));
-                stage.wait_work("it publishes again");
+                run.wait_work(stage, "it publishes again");
                 run.pause(200..=800);
             }
         }

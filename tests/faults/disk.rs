@@ -16,7 +16,7 @@ use super::{Run, Stage};
 /// Where the small disk is, for the server alone: any folder that exists.
 const MOUNT_POINT: &str = "/mnt";
 const DISK_MIB: u32 = 64;
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(120);
 /// SQLSTATE `disk_full`.
 const DISK_FULL: &str = "53100";
 

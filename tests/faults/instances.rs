@@ -9,7 +9,7 @@ use serde_json::json;
 use super::super::harness::{TestStream, database, wait_until};
 use super::{Run, Sending, Stage};
 
-const EXIT_LIMIT: Duration = Duration::from_secs(30);
+const EXIT_LIMIT: Duration = Duration::from_secs(120);
 const SIGKILL: i32 = 9;
 /// Where an instance is paused: each leaves something of another kind open.
 const PAUSES: [&str; 4] = ["publish.sent", "publish.acked", "settle.begin", "settle.written"];

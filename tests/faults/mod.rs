@@ -48,7 +48,9 @@ const SEED_VARIABLE: &str = "PG_OUTBOX_FAULTS_SEED";
 /// Time under load before the fault and after it.
 const CALM: Duration = Duration::from_millis(500);
 /// Longest time for a server to take connections after the last fault.
-const SERVER_LIMIT: Duration = Duration::from_secs(60);
+const SERVER_LIMIT: Duration = Duration::from_secs(120);
+/// Times a fault's limit that a quick run waits.
+const QUICK_PATIENCE: u32 = 4;
 /// Lines of each instance's log that the evidence shows.
 const EVIDENCE_LINES: usize = 60;
 /// Duplicate window of a stream that says nothing else.
@@ -188,8 +190,12 @@ pub struct Run {
     /// How events go out.
     pub sending: Sending,
     promise: &'static str,
-    /// From the end of the fault until everything committed before is settled.
+    /// From the end of the fault until everything committed before is settled, and from the end of each of several
+    /// until events go out again. A quick run, which shares its machine with others, has [`QUICK_PATIENCE`] times as
+    /// long.
     limit: Duration,
+    /// The longest it took so far.
+    slowest: Duration,
     seed: u64,
     long: bool,
     /// Draws when, how often and how long.
@@ -208,7 +214,8 @@ impl Run {
             Ok(other) => panic!("{LENGTH_VARIABLE}={other}: quick or long"),
         };
         println!("fault={name} seed={seed}: to repeat it, {SEED_VARIABLE}={seed}");
-        Run { name, sending, promise, limit, seed, long, rng: fastrand::Rng::with_seed(seed) }
+        let rng = fastrand::Rng::with_seed(seed);
+        Run { name, sending, promise, limit, slowest: Duration::ZERO, seed, long, rng }
     }
 
     /// `quick` in a quick run, `long` in a long one.
@@ -269,23 +276,39 @@ impl Run {
             ..self.sending.workload()
         };
         let (stop, dsn) = (AtomicBool::new(false), stage.db.dsn.clone());
-        let (history, recovered) = thread::scope(|scope| {
+        let history = thread::scope(|scope| {
             let writing = scope.spawn(|| writers_until(&dsn, &workload, &stop));
             // Also when the fault fails: the scope waits for the writers.
             let stopping = Stopping(&stop);
             wait_until("the service is at work", SERVER_LIMIT, &[stage], || stage.published() > 100.0);
             thread::sleep(CALM);
             fault(self, stage);
-            let recovered = stage.wait_recovered(self.limit);
+            self.recovered(stage.wait_recovered(self.patience()));
             thread::sleep(CALM);
             drop(stopping);
-            (writing.join().unwrap(), recovered)
+            writing.join().unwrap()
         });
-        stage.wait_settled(self.limit);
-        self.judge(stage, &history, recovered);
+        stage.wait_settled(self.patience());
+        self.judge(stage, &history);
     }
 
-    fn judge(&self, stage: &mut Stage, history: &History, recovered: Duration) {
+    /// Waits, in the middle of a fault, until the instances publish again.
+    pub fn wait_work(&mut self, stage: &Stage, what: &str) {
+        let (begun, before) = (Instant::now(), stage.published());
+        wait_until(what, self.patience(), &[stage], || stage.published() > before);
+        self.recovered(begun.elapsed());
+    }
+
+    /// How long it is waited for what the limit is stated for.
+    fn patience(&self) -> Duration {
+        self.limit * self.pick(QUICK_PATIENCE, 1)
+    }
+
+    fn recovered(&mut self, after: Duration) {
+        self.slowest = self.slowest.max(after);
+    }
+
+    fn judge(&self, stage: &mut Stage, history: &History) {
         let table = stage.db.table();
         stage.end_life();
         let redelivered = stage.redelivered();
@@ -306,7 +329,7 @@ impl Run {
             self.name,
             self.sending,
             self.limit.as_secs(),
-            recovered.as_secs_f64(),
+            self.slowest.as_secs_f64(),
             history.committed.len(),
             verdict.admitted_duplicates,
             verdict.counts().iter().map(|(_, count)| count).sum::<usize>(),
@@ -408,12 +431,6 @@ impl Stage {
     /// How many events the running instances have published.
     pub fn published(&self) -> f64 {
         self.instances.iter().map(|instance| instance.metric("outbox_events_published_total")).sum()
-    }
-
-    /// Waits until the instances publish more than they have.
-    pub fn wait_work(&self, what: &str) {
-        let before = self.published();
-        wait_until(what, SERVER_LIMIT, &[self], || self.published() > before);
     }
 
     /// Waits until all that is committed now is settled; returns how long that took.

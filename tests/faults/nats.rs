@@ -10,7 +10,7 @@ use super::super::harness::proxy::Proxy;
 use super::super::harness::{Cluster, TestStream, database, wait_until};
 use super::{Run, Stage};
 
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// SIGTERM and a start with what was stored, several times.
 pub fn stops(run: &mut Run) {
@@ -31,7 +31,7 @@ fn restarts(run: &mut Run, mode: Stop) {
             nats.stop(mode).unwrap();
             run.pause(run.pick(0..=1_500, 0..=30_000));
             nats.start_again(Store::Kept).unwrap();
-            stage.wait_work("it publishes again");
+            run.wait_work(stage, "it publishes again");
             run.pause(200..=800);
         }
     });
@@ -122,7 +122,7 @@ pub fn the_stream_is_full(run: &mut Run) {
             });
             run.pause(run.pick(1_000..=3_000, 5_000..=40_000));
             stage.stream.update(&json!({"max_msgs": -1}));
-            stage.wait_work("it publishes again");
+            run.wait_work(stage, "it publishes again");
         }
     });
 }
@@ -141,7 +141,7 @@ pub fn the_leader_is_killed(run: &mut Run) {
             });
             let leader = leader.unwrap();
             cluster.kill(leader);
-            stage.wait_work("it publishes again");
+            run.wait_work(stage, "it publishes again");
             run.pause(0..=1_000);
             cluster.start_again(leader);
             cluster.wait_whole(&stage.stream);

@@ -22,15 +22,15 @@ pub fn everything(run: &mut Run, mode: Mode) {
             let mut victim = stage.instances.swap_remove(0);
             victim.kill();
             stage.start();
-            stage.wait_work("one instance is at work");
+            run.wait_work(stage, "one instance is at work");
             pooler.stop();
             run.pause(run.pick(200..=1_500, 1_000..=20_000));
             pooler.start_again();
-            stage.wait_work("the pooler is back");
+            run.wait_work(stage, "the pooler is back");
             postgres.stop(Stop::Fast).unwrap();
             run.pause(run.pick(200..=1_500, 1_000..=20_000));
             postgres.start_again().unwrap();
-            stage.wait_work("the server is back");
+            run.wait_work(stage, "the server is back");
         }
     });
     for instance in &stage.instances {

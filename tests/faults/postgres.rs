@@ -11,7 +11,7 @@ use super::{Run, Stage};
 
 /// What ours are called in `pg_stat_activity`.
 const OURS: &str = "datname = current_database() AND application_name LIKE 'pg-outbox/%'";
-const REPLICA_LIMIT: Duration = Duration::from_secs(30);
+const REPLICA_LIMIT: Duration = Duration::from_secs(120);
 
 /// A fast stop and a start, several times.
 pub fn stops(run: &mut Run) {
@@ -50,7 +50,7 @@ pub fn a_backend_crashes(run: &mut Run) {
             let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
             kill_process(pid, Signal::KILL).unwrap();
             run.pause(1_000..=2_500);
-            stage.wait_work("the service is at work again");
+            run.wait_work(stage, "the service is at work again");
         }
     });
 }

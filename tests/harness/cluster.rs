@@ -10,7 +10,7 @@ use super::wire::Client;
 use super::{Evidence, TestStream, wait_until};
 
 /// Longest wait for the cluster, or a stream in it, to have a leader.
-const LEADER_LIMIT: Duration = Duration::from_secs(60);
+const LEADER_LIMIT: Duration = Duration::from_secs(120);
 
 /// The cluster.
 pub struct Cluster {

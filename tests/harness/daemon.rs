@@ -17,7 +17,7 @@ use serde_yaml::Value;
 use super::{Evidence, TestDb, TestStream, secrets, unique, wait_until};
 
 /// Longest wait for the log line that says where the program listens.
-const LISTEN_LIMIT: Duration = Duration::from_secs(20);
+const LISTEN_LIMIT: Duration = Duration::from_secs(60);
 /// Longest wait for the answer to a request.
 const HTTP_LIMIT: Duration = Duration::from_secs(5);
 /// Lines of the log that the evidence shows.

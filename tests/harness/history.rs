@@ -20,6 +20,8 @@ pub struct Committed {
     pub id: String,
     /// `outboxes.seq`.
     pub seq: i64,
+    /// Its transaction's number, `pg_current_xact_id()`.
+    pub transaction: i64,
     /// Ordering key.
     pub key: String,
     /// Its number within the key, from 1, without gaps, in the order of `seq`.

@@ -176,15 +176,16 @@ impl Writer<'_> {
         let insert = "INSERT INTO outboxes (id, topic, metadata, payload)
                       VALUES ($4::text::uuid, $1, jsonb_build_object('ordering-key', $2::text),
                               jsonb_build_object('key', $2::text, 'n', $3::int8))";
-        let last_seq = "SELECT currval('outboxes_seq_seq')";
+        let place = "SELECT currval('outboxes_seq_seq'), pg_current_xact_id()::text::int8";
         let end = |client: &mut Client, written: &mut Vec<Committed>| -> Result<(), postgres::Error> {
             client.batch_execute("BEGIN")?;
             for (key, n) in events {
                 let number = i64::try_from(*n).unwrap();
                 let id = uuid::Uuid::from_u128(fastrand::u128(..)).to_string();
                 client.execute(insert, &[&self.workload.topic, key, &number, &id])?;
-                let seq = client.query_one(last_seq, &[])?.get(0);
-                written.push(Committed { id, seq, key: key.clone(), n: *n });
+                let row = client.query_one(place, &[])?;
+                let (seq, transaction) = (row.get(0), row.get(1));
+                written.push(Committed { id, seq, transaction, key: key.clone(), n: *n });
             }
             client.batch_execute(if rollback { "ROLLBACK" } else { "COMMIT" })
         };
