@@ -113,7 +113,7 @@ faults! {
     postgres_is_out_of_connections, within 30 s, "it waits for one": postgres::is_out_of_connections;
     a_replica_takes_over, within 40 s, "a read-only server is passed over": postgres::a_replica_takes_over;
     statements_time_out, within 30 s, "an error ends a claim and nothing else": postgres::statements_time_out;
-    locks_time_out, within 30 s, "a settle that fails goes again": postgres::locks_time_out;
+    locks_time_out, within 30 s, "what others set for locks ends no claim": postgres::locks_time_out;
     the_disk_is_full, within 30 s, "a settle that cannot be written goes again": disk::is_full;
 
     behind_a_transaction_pooler, within 30 s, "no claim needs a session": |run: &mut Run| pooler::everything(run, Mode::Transaction);
