@@ -280,6 +280,8 @@ pub struct Nats {
     pub ack_timeout: Duration,
     /// `Nats-*` headers that metadata may set, in exactly this spelling. Default none.
     pub allow_headers: Vec<String>,
+    /// Subject on which dead letters are announced. Default none: they are not.
+    pub dead_letter_subject: Option<String>,
     /// The stream.
     pub jetstream: JetStream,
     /// Topics to subjects.
@@ -514,7 +516,10 @@ fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
 }
 
 fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
-    use values::{allowed_headers, count, duration, file, inbox_prefix, nats_urls, secret, topics, user};
+    use values::{
+        allowed_headers, count, dead_letter_subject, duration, file, inbox_prefix, nats_urls, secret, topics,
+        user,
+    };
     let section = reading.section(root, "nats");
     let jetstream = jetstream(reading, &section);
     let tls = nats_tls(reading, &section);
@@ -538,6 +543,7 @@ fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
         connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
         ack_timeout: value.of("ack_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
         allow_headers: value.of("allow_headers", Vec::new(), allowed_headers),
+        dead_letter_subject: value.of("dead_letter_subject", None, dead_letter_subject),
         topic_map: value.of("topic_map", TopicMap::default(), topics),
         auth: logins.choose(reading),
         jetstream,

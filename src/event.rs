@@ -34,6 +34,14 @@ pub struct Event {
 }
 
 impl Event {
+    /// The same event without payload and metadata, for where they have no room.
+    pub fn without_content(&self) -> Event {
+        let Event { id, seq, created_at, lane, attempts, in_retry, .. } = *self;
+        let (topic, key, unreadable) = (self.topic.clone(), self.key.clone(), self.unreadable.clone());
+        let (metadata, payload) = (None, String::new());
+        Event { id, seq, created_at, topic, key, lane, metadata, payload, attempts, in_retry, unreadable }
+    }
+
     /// Bytes this event holds in memory, for the limit on what claims may hold together.
     pub fn size(&self) -> usize {
         size_of::<Event>()

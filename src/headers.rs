@@ -51,7 +51,8 @@ const PROTOCOL_NAMES: [&[u8]; 8] = [
 ];
 
 /// What follows `Outbox-` in our own headers.
-const OWN_NAMES: [&[u8]; 6] = [b"seq", b"topic", b"created-at", b"attempt", b"instance", b"replay"];
+const OWN_NAMES: [&[u8]; 8] =
+    [b"seq", b"topic", b"created-at", b"attempt", b"instance", b"replay", b"subject", b"dead-reason"];
 
 /// What the headers of all events have in common.
 #[derive(Debug, Clone)]
@@ -65,6 +66,19 @@ pub struct HeaderPolicy {
     pub allow: Vec<String>,
     /// The name of a replay: a part of its message ids, so that they are not those of the first time, and a header.
     pub replay: Option<String>,
+}
+
+/// What is said of a dead letter where it is announced.
+#[derive(Debug, Clone, Copy)]
+pub struct Death<'a> {
+    /// Attempts that were made.
+    pub attempts: u32,
+    /// Why the last one failed.
+    pub reason: &'a str,
+    /// The subject that its topic became.
+    pub subject: &'a str,
+    /// When it is announced, in milliseconds since 1970.
+    pub announced_ms: u128,
 }
 
 /// The headers of one event.
@@ -146,14 +160,7 @@ impl Altered {
 impl HeaderPolicy {
     /// The headers of `event`, for its next attempt.
     pub fn build(&self, event: &Event) -> Headers {
-        let metadata = event.metadata.as_deref().unwrap_or_default();
-        let capacity = OWN_HEADERS_BYTES + event.topic.len() + metadata.len() + metadata.len() / 4;
-        let mut writer = Writer {
-            allow: &self.allow,
-            block: String::with_capacity(capacity),
-            altered: Altered::default(),
-        };
-
+        let mut writer = Writer::for_event(event, &self.allow);
         match &self.replay {
             None => writer.own("Nats-Msg-Id", event.id.hyphenated()),
             Some(name) => writer.own("Nats-Msg-Id", format_args!("{}.{name}", event.id.hyphenated())),
@@ -161,18 +168,32 @@ impl HeaderPolicy {
         if let Some(stream) = &self.stream {
             writer.own("Nats-Expected-Stream", stream);
         }
-        writer.own("Outbox-Seq", event.seq);
-        writer.own("Outbox-Topic", &event.topic);
-        writer.own("Outbox-Created-At", Timestamp(event.created_at));
-        writer.own("Outbox-Attempt", event.attempts.saturating_add(1));
-        writer.own("Outbox-Instance", &self.instance);
+        self.describe(&mut writer, event, event.attempts.saturating_add(1));
         if let Some(name) = &self.replay {
             writer.own("Outbox-Replay", name);
         }
-        if event.metadata.is_some() {
-            writer.metadata(metadata);
-        }
+        writer.metadata_of(event);
         Headers { block: writer.block, altered: writer.altered }
+    }
+
+    /// The headers of the announcement that `event` is dead: those of the event and why it died, without what would
+    /// decide where it is stored, and with a message id that begins with the event's and is that of no event.
+    pub fn announce(&self, event: &Event, death: &Death) -> Headers {
+        let mut writer = Writer::for_event(event, &[]);
+        writer.own("Nats-Msg-Id", format_args!("{}.dead.{}", event.id.hyphenated(), death.announced_ms));
+        self.describe(&mut writer, event, death.attempts);
+        writer.own("Outbox-Subject", death.subject);
+        writer.own("Outbox-Dead-Reason", death.reason);
+        writer.metadata_of(event);
+        Headers { block: writer.block, altered: writer.altered }
+    }
+
+    fn describe(&self, writer: &mut Writer, event: &Event, attempt: u32) {
+        writer.own("Outbox-Seq", event.seq);
+        writer.own("Outbox-Topic", &event.topic);
+        writer.own("Outbox-Created-At", Timestamp(event.created_at));
+        writer.own("Outbox-Attempt", attempt);
+        writer.own("Outbox-Instance", &self.instance);
     }
 }
 
@@ -199,7 +220,20 @@ struct Writer<'a> {
     altered: Altered,
 }
 
-impl Writer<'_> {
+impl<'a> Writer<'a> {
+    /// With room for all that the event may need.
+    fn for_event(event: &Event, allow: &'a [String]) -> Writer<'a> {
+        let metadata = event.metadata.as_ref().map_or(0, String::len);
+        let capacity = OWN_HEADERS_BYTES + event.topic.len() + metadata + metadata / 4;
+        Writer { allow, block: String::with_capacity(capacity), altered: Altered::default() }
+    }
+
+    fn metadata_of(&mut self, event: &Event) {
+        if let Some(metadata) = &event.metadata {
+            self.metadata(metadata);
+        }
+    }
+
     /// Writes a header of ours. Topics and names of instances and streams are outside input too.
     fn own(&mut self, name: &str, value: impl fmt::Display) {
         self.begin(name);

@@ -21,11 +21,12 @@
 //! [`preflight`] what of a stream does not fit · [`adoption`] what a foreign table lacks · [`outage`] the gate · [`health`] live and ready · [`live`] what a
 //! reload changes. These are plain data and pure decisions. [`tls`] is what both servers' connections have in common.
 //! Then [`store`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`], [`recent`]; the threads [`claimer`],
-//! [`worker`] with [`publish`], [`wakeup`], [`janitor`], [`upkeep`], [`http`]; [`service`], which starts, supervises and
+//! [`worker`] with [`publish`] and [`announce`], [`wakeup`], [`janitor`], [`upkeep`], [`http`]; [`service`], which starts, supervises and
 //! drains them; and the [`command`]s. [`failpoint`](mod@failpoint) names the steps of a claim at which the tests kill
 //! the process.
 
 pub mod adoption;
+pub mod announce;
 pub mod answer;
 pub mod boottime;
 pub mod claimer;

@@ -21,6 +21,8 @@ pub struct Settings {
     pub topic_map: TopicMap,
     /// How headers are made.
     pub headers: HeaderPolicy,
+    /// Subject on which dead letters are announced.
+    pub dead_letter_subject: Option<String>,
     /// When events are retried and when they die.
     pub policy: Policy,
     /// How the partitions are kept; for the next round of upkeep.
@@ -40,6 +42,7 @@ impl Settings {
                 allow: nats.allow_headers.clone(),
                 replay: None,
             },
+            dead_letter_subject: nats.dead_letter_subject.clone(),
             policy: Policy {
                 max_attempts: dispatcher.max_attempts,
                 backoff_initial: dispatcher.backoff_initial,

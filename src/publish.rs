@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::announce::announce;
 use crate::answer::{Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::event::{Event, Outcome};
@@ -172,6 +173,7 @@ impl Publish {
         } else {
             flight.fly_in_rounds();
         }
+        flight.announce_the_dead();
         flight.land()
     }
 
@@ -734,6 +736,14 @@ impl<'a> Flight<'a> {
             if self.order.successor(last).is_none_or(goes_on) {
                 self.order.stored(last);
             }
+        }
+    }
+
+    /// Tells of the events that died, if anybody wants to know.
+    fn announce_the_dead(&mut self) {
+        let announced = announce(self.live, self.session, self.events, &mut self.outcomes);
+        if let Err(cause) = announced {
+            self.outage.get_or_insert(cause);
         }
     }
 

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must end, and says where")]
 
 mod adopt;
+mod announce;
 mod architecture;
 mod batches;
 mod bench;

@@ -185,6 +185,7 @@ impl Sender {
         settings.topic_map = settings.topic_map.below(replay.prefix.clone());
         // What is refused is refused: somebody sees it at once.
         settings.policy = Policy { max_attempts: 1, ..settings.policy };
+        settings.dead_letter_subject = None;
         let instance = format!("{}-replay", config.dispatcher.instance_id);
         let (publisher, _) =
             Publisher::new(config.nats.clone(), &instance, 1, Health::default(), Metrics::new());

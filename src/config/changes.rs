@@ -55,7 +55,7 @@ impl Config {
         compare!(changes, database.parts, &new.database.parts, DsnParts, "database",
             live {} fixed { user, password, sslrootcert, sslcert, sslkey } nested {});
         compare!(changes, nats, &new.nats, Nats, "nats",
-            live { allow_headers, topic_map }
+            live { allow_headers, dead_letter_subject, topic_map }
             fixed { servers as "nats.url", auth as "nats credentials", max_retries, retry_delay, connect_timeout,
                     ack_timeout, inbox_prefix }
             nested { jetstream, tls });

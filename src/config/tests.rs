@@ -167,6 +167,7 @@ nats:
   connect_timeout: 3s
   ack_timeout: 4s
   allow_headers: Nats-TTL
+  dead_letter_subject: outbox.dead
   inbox_prefix: _INBOX.outbox
   tls: { ca: /ca, cert: /cert, key: /key }
   jetstream:
@@ -212,6 +213,7 @@ fn every_key_has_its_effect() {
     assert_eq!((nats.max_retries, nats.retry_delay), (9, ms(10)));
     assert_eq!((nats.connect_timeout, nats.ack_timeout), (ms(3_000), ms(4_000)));
     assert_eq!(nats.allow_headers, ["Nats-TTL"]);
+    assert_eq!(nats.dead_letter_subject.as_deref(), Some("outbox.dead"));
     assert_eq!(nats.topic_map.subject("a.x"), "b.x");
     let jetstream = nats.jetstream;
     assert_eq!((jetstream.enabled, jetstream.create), (false, true));
@@ -239,6 +241,7 @@ fn every_key_changes_live_or_takes_a_restart() {
             "dispatcher.backoff_initial",
             "dispatcher.backoff_max",
             "nats.allow_headers",
+            "nats.dead_letter_subject",
             "nats.topic_map",
             "partitions.premake",
             "partitions.retention",
@@ -509,6 +512,14 @@ fn a_broken_value_is_named_with_its_line_and_what_is_allowed() {
         (
             "nats: { inbox_prefix: '_INBOX.>' }",
             "23: nats.inbox_prefix: \"_INBOX.>\" is not a subject: it has a wildcard; allowed: such as _INBOX_outbox",
+        ),
+        (
+            "nats: { dead_letter_subject: 'dead.*' }",
+            "30: nats.dead_letter_subject: \"dead.*\" is not a subject: it has a wildcard; allowed: such as outbox.dead",
+        ),
+        (
+            "nats: { dead_letter_subject: $JS.x }",
+            "30: nats.dead_letter_subject: \"$JS.x\" begins with what is NATS's own; allowed: such as outbox.dead",
         ),
         (
             "nats: { inbox_prefix: $SYS }",

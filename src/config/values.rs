@@ -335,6 +335,20 @@ pub(super) fn inbox_prefix(node: &Node) -> Result<String, String> {
     }
 }
 
+/// `nats.dead_letter_subject`.
+pub(super) fn dead_letter_subject(node: &Node) -> Result<Option<String>, String> {
+    let subject = text(node)?;
+    match topic_map::is_literal_subject(subject) {
+        Ok(()) if !subject.starts_with('$') && !subject.starts_with("_INBOX.") => {
+            Ok(Some(subject.to_owned()))
+        }
+        Ok(()) => {
+            Err(format!("{} begins with what is NATS's own; allowed: such as outbox.dead", shown(node)))
+        }
+        Err(why) => Err(format!("{} is not a subject: {why}; allowed: such as outbox.dead", shown(node))),
+    }
+}
+
 /// A list of subjects, or one alone.
 pub(super) fn subjects(node: &Node) -> Result<Vec<String>, Faults> {
     checked_texts(node, |subject| {

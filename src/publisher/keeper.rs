@@ -279,12 +279,10 @@ impl Keeper {
         self.turn += 1;
         let mut dialled = Err(anyhow!("nats.url names no server"));
         for server in servers {
-            if let Err(error) = &dialled {
-                log::debug!("not connected, trying {server}: {error:#}");
-            }
             dialled = self.dial_to(&server);
-            if dialled.is_ok() {
-                break;
+            match &dialled {
+                Ok(()) => break,
+                Err(error) => log::debug!("not connected: {error:#}"),
             }
         }
         dialled
