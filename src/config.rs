@@ -27,6 +27,7 @@ use crate::tls::{Check, Roots, Tls};
 use crate::topic_map::TopicMap;
 pub use changes::Changes;
 use reading::{Reading, Section};
+use secrets::Credentials;
 use values::{Login, NatsUrls};
 
 /// The configuration file that is read unless another is named.
@@ -116,7 +117,7 @@ impl Config {
         environment: impl Fn(&str) -> Option<String>,
     ) -> Result<Config, ConfigError> {
         let root = yaml::parse(text).map_err(|error| ConfigError::of_yaml(name, &error))?;
-        let mut reading = Reading::new(&environment);
+        let mut reading = Reading::new(&environment, Credentials::of(name, &environment));
         let config = Config::read(&mut reading, &root);
         reading.finish(name, text)?;
         Ok(config)
@@ -638,8 +639,8 @@ impl Keys<'_, '_, '_> {
         default: T,
         parse: impl FnOnce(&yaml::Node) -> Result<T, E>,
     ) -> T {
-        let environment = self.reading.environment();
-        self.of(name, default, |node| secrets::read(node, environment, parse))
+        let credentials = self.reading.credentials();
+        self.of(name, default, |node| secrets::read(node, &credentials, parse))
     }
 
     /// The same for a file's path, which may be that of a credential.
@@ -648,8 +649,8 @@ impl Keys<'_, '_, '_> {
         name: &str,
         parse: impl FnOnce(&yaml::Node) -> Result<Option<PathBuf>, String>,
     ) -> Option<PathBuf> {
-        let environment = self.reading.environment();
-        self.of(name, None, |node| secrets::path(node, environment, parse))
+        let credentials = self.reading.credentials();
+        self.of(name, None, |node| secrets::path(node, &credentials, parse))
     }
 }
 

@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use super::ConfigError;
+use super::secrets::Credentials;
 use super::values::{name, shown};
 use super::yaml::{self, Node, Value};
 
@@ -95,6 +96,7 @@ impl Section<'_> {
 
 pub(super) struct Reading<'e> {
     environment: &'e dyn Fn(&str) -> Option<String>,
+    credentials: Credentials,
     problems: Vec<Problem>,
     /// All keys that exist, sections included, in the order of asking.
     known: Vec<String>,
@@ -103,9 +105,13 @@ pub(super) struct Reading<'e> {
 }
 
 impl<'e> Reading<'e> {
-    pub(super) fn new(environment: &'e dyn Fn(&str) -> Option<String>) -> Reading<'e> {
+    pub(super) fn new(
+        environment: &'e dyn Fn(&str) -> Option<String>,
+        credentials: Credentials,
+    ) -> Reading<'e> {
         Reading {
             environment,
+            credentials,
             problems: Vec::new(),
             known: Vec::new(),
             sections: HashSet::new(),
@@ -189,9 +195,9 @@ impl<'e> Reading<'e> {
         }
     }
 
-    /// The environment that overrides keys and says where credentials are.
-    pub(super) fn environment(&self) -> &'e dyn Fn(&str) -> Option<String> {
-        self.environment
+    /// Where credentials are.
+    pub(super) fn credentials(&self) -> Credentials {
+        self.credentials.clone()
     }
 
     /// True if `key` has a value, right or wrong.

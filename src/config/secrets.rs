@@ -2,8 +2,9 @@
 //!
 //! A secret in the configuration is one that everybody sees who may read the file. A file of its own can have
 //! rights of its own, and systemd hands over what `LoadCredential=` names in a folder that only the service can
-//! read (systemd.exec(5), `$CREDENTIALS_DIRECTORY`). Read while the configuration is read, and again at each
-//! reload, on the thread that does so. What such a file holds is shown in no message, not even when it is wrong.
+//! read (systemd.exec(5), `$CREDENTIALS_DIRECTORY`). A command that somebody runs beside the service is handed nothing:
+//! it reads what systemd would, in /etc/credstore, which takes root. Read while the configuration is read, and again at
+//! each reload, on the thread that does so. What such a file holds is shown in no message, not even when it is wrong.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -18,16 +19,45 @@ const MAX_BYTES: u64 = 64 << 10;
 
 const FORMS: &str = "allowed: the value itself, file:/path or credential:NAME";
 
-/// Looks up environment variables.
-type Environment<'e> = &'e dyn Fn(&str) -> Option<String>;
+/// Where systemd looks for what the units load.
+const CREDSTORE: &str = "/etc/credstore";
+
+/// Where credentials are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Credentials {
+    folder: PathBuf,
+    /// What their names begin with there.
+    prefix: String,
+}
+
+impl Credentials {
+    /// Those that systemd has handed over; without any, those that the unit would load that runs with the
+    /// configuration file `config`: pg-outbox.service, or pg-outbox@orders.service for orders.yaml.
+    pub(super) fn of(config: &str, environment: impl Fn(&str) -> Option<String>) -> Credentials {
+        if let Some(folder) = environment("CREDENTIALS_DIRECTORY").filter(|folder| !folder.is_empty()) {
+            return Credentials { folder: folder.into(), prefix: String::new() };
+        }
+        let instance = Path::new(config).file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let prefix = match instance.as_deref() {
+            None | Some("config") => "pg-outbox.".to_owned(),
+            Some(instance) => format!("pg-outbox.{instance}."),
+        };
+        Credentials { folder: CREDSTORE.into(), prefix }
+    }
+
+    /// The file of a credential.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{}{name}", self.prefix))
+    }
+}
 
 /// Parses the value of `node`, or what the file that it names holds.
 pub(super) fn read<T, E: Into<Faults>>(
     node: &Node,
-    environment: Environment<'_>,
+    credentials: &Credentials,
     parse: impl FnOnce(&Node) -> Result<T, E>,
 ) -> Result<T, Faults> {
-    let Some((name, path)) = place(node, environment)? else { return parse(node).map_err(Into::into) };
+    let Some((name, path)) = place(node, credentials)? else { return parse(node).map_err(Into::into) };
     let node =
         Node { id: node.id, value: Value::Text(content(&path).map_err(|why| format!("{name} {why}"))?) };
     parse(&node).map_err(|faults| {
@@ -41,20 +71,17 @@ pub(super) fn read<T, E: Into<Faults>>(
 /// The path of a file that is itself the value: `/path`, `file:/path` or `credential:NAME`.
 pub(super) fn path(
     node: &Node,
-    environment: Environment<'_>,
+    credentials: &Credentials,
     parse: impl FnOnce(&Node) -> Result<Option<PathBuf>, String>,
 ) -> Result<Option<PathBuf>, Faults> {
-    match place(node, environment)? {
+    match place(node, credentials)? {
         Some((_, path)) => Ok(Some(path)),
         None => parse(node).map_err(Into::into),
     }
 }
 
 /// What the value calls itself, and the file it leads to; `None` for a plain value.
-fn place<'n>(
-    node: &'n Node,
-    environment: Environment<'_>,
-) -> Result<Option<(Cow<'n, str>, PathBuf)>, String> {
+fn place<'n>(node: &'n Node, credentials: &Credentials) -> Result<Option<(Cow<'n, str>, PathBuf)>, String> {
     let Value::Text(text) = &node.value else { return Ok(None) };
     if let Some(path) = text.strip_prefix("file:") {
         if !path.starts_with('/') {
@@ -66,13 +93,14 @@ fn place<'n>(
     if name.is_empty() || name.starts_with('.') || !name.bytes().all(|b| b.is_ascii_graphic() && b != b'/') {
         return Err(format!("credential: without a credential's name; {FORMS}"));
     }
-    match environment("CREDENTIALS_DIRECTORY").filter(|folder| !folder.is_empty()) {
-        Some(folder) => Ok(Some((text.into(), Path::new(&folder).join(name)))),
-        None => Err(format!(
-            "{text} is out of reach, as CREDENTIALS_DIRECTORY is not set: systemd sets it for units with \
-             LoadCredential={name}:/path"
-        )),
-    }
+    let path = credentials.path(name);
+    // Of a credential handed over the name says enough.
+    let shown = if credentials.prefix.is_empty() {
+        text.into()
+    } else {
+        format!("{text} ({})", path.display()).into()
+    };
+    Ok(Some((shown, path)))
 }
 
 /// The text of a file, without the newline at its end.

@@ -102,7 +102,7 @@ fn the_shipped_file_has_every_key() {
         })
         .collect();
     let node = yaml::parse(&uncommented.join("\n")).unwrap();
-    let mut reading = Reading::new(&|_| None);
+    let mut reading = Reading::new(&|_| None, Credentials::of("config.yaml", |_| None));
     Config::read(&mut reading, &node);
     let known: BTreeSet<String> = reading.known_keys().into_iter().collect();
 
@@ -248,11 +248,21 @@ fn every_key_changes_live_or_takes_a_restart() {
             "logging.level"
         ]
     );
+    for (text, start) in [
+        (include_str!("../../etc/config.yaml"), "# SIGHUP (systemctl reload)"),
+        (include_str!("../../README.md"), "SIGHUP (`systemctl reload pg-outbox`)"),
+    ] {
+        let paragraph = text.split(start).nth(1).unwrap().split("\n\n").next().unwrap();
+        for key in &first.applied {
+            let name = key.rsplit('.').next().unwrap();
+            assert!(paragraph.contains(name), "{key} is not named:\n{paragraph}");
+        }
+    }
     assert_eq!(config.nats.topic_map, new.nats.topic_map);
     assert_eq!(config.dispatcher.workers, 5, "what takes a restart stays as it was");
     assert_eq!(config.take_live(&new), Changes { applied: Vec::new(), ..first.clone() });
 
-    let mut reading = Reading::new(&|_| None);
+    let mut reading = Reading::new(&|_| None, Credentials::of("config.yaml", |_| None));
     Config::read(&mut reading, &yaml::parse(EVERY_KEY).unwrap());
     let credentials = ["nats.user", "nats.password", "nats.token", "nats.nkey_file", "nats.credentials_file"];
     let mut known: BTreeSet<String> = reading.known_keys().into_iter().collect();
@@ -858,12 +868,33 @@ fn what_is_wrong_with_secrets_elsewhere_is_said_without_them() {
     let expected =
         "what credential:wrong holds cannot be used here; allowed: nats://host:4222 or tls://host:4222";
     assert_eq!(url, [format!("config.yaml:4:8: nats.url: {expected}")]);
-    let unset = problems("database:\n  dsn: credential:dsn\n", &[]);
+    // Without systemd, where it would take them from. No machine has this one.
+    let unset = problems("database:\n  dsn: credential:no-such-secret\n", &[]);
+    let (start, why) = unset[0].split_once(" cannot be read: ").unwrap();
     assert_eq!(
-        unset,
-        [
-            "config.yaml:2:8: database.dsn: credential:dsn is out of reach, as CREDENTIALS_DIRECTORY is not set: \
-          systemd sets it for units with LoadCredential=dsn:/path"
-        ]
+        start,
+        "config.yaml:2:8: database.dsn: credential:no-such-secret (/etc/credstore/pg-outbox.no-such-secret)"
     );
+    assert!(why.contains("os error") && unset.len() == 1, "{unset:?}");
+}
+
+#[test]
+fn commands_beside_the_service_find_its_credentials() {
+    let units =
+        [include_str!("../../systemd/pg-outbox.service"), include_str!("../../systemd/pg-outbox@.service")];
+    for (unit, config, instance) in
+        [(units[0], "/etc/pg-outbox/config.yaml", ""), (units[1], "/etc/pg-outbox/orders.yaml", "orders")]
+    {
+        assert!(unit.contains(&config.replace("orders", "%i")));
+        let mut seen = 0;
+        for loaded in unit.lines().filter_map(|line| line.strip_prefix("LoadCredential=")) {
+            let (name, source) = loaded.split_once(':').unwrap();
+            let expected = Path::new("/etc/credstore").join(source.replace("%i", instance));
+            assert_eq!(Credentials::of(config, |_| None).path(name), expected);
+            let by_systemd = Credentials::of(config, |_| Some("/run/credentials/x".to_owned()));
+            assert_eq!(by_systemd.path(name), Path::new("/run/credentials/x").join(name));
+            seen += 1;
+        }
+        assert!(seen >= 5, "{unit}");
+    }
 }
