@@ -8,6 +8,7 @@
 //! its partition. Whatever fails, locks that are not free included, waits for the next round: the partitions are made
 //! months ahead, and writers and claims come first.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use crossbeam_channel::{Receiver, select};
 use crate::health::Heartbeat;
 use crate::live::Live;
 use crate::metrics::Metrics;
-use crate::store::{Dropped, Partitions, Store, StoreError, UpkeepTurn};
+use crate::store::{Dropped, Partition, Partitions, Store, StoreError, UpkeepTurn};
 
 /// Time between two rounds.
 const ROUND: Duration = Duration::from_secs(600);
@@ -55,6 +56,33 @@ struct Pass {
     next: Option<Instant>,
 }
 
+/// Why partitions that are too old were kept, so that it is said once and not every ten minutes.
+#[derive(Default)]
+struct Kept(BTreeMap<String, Dropped>);
+
+impl Kept {
+    /// True when this was not so in the round before.
+    fn is_news(&mut self, partition: &str, outcome: Dropped) -> bool {
+        self.0.insert(partition.to_owned(), outcome) != Some(outcome)
+    }
+
+    /// Forgets partitions that are no more, and those that are not old any more.
+    fn forget_all_but(&mut self, listed: &[Partition]) {
+        self.0.retain(|name, _| listed.iter().any(|partition| partition.is_old && partition.name == *name));
+    }
+}
+
+/// What the log says of a partition that stays; nothing of one that is gone or not old enough.
+fn why_kept(outcome: Dropped) -> Option<&'static str> {
+    match outcome {
+        Dropped::Dropped | Dropped::Young => None,
+        Dropped::Pending => Some("it has pending events"),
+        Dropped::Discarded => Some("it has events that were discarded lately"),
+        Dropped::Dead => Some("it has dead letters; retry or discard them"),
+        Dropped::Locked => Some("its locks were not free; tried again in the next round"),
+    }
+}
+
 /// Whether there is to be another round.
 enum Next {
     Round,
@@ -68,10 +96,11 @@ impl Upkeep {
     /// None of its own: what fails is tried again.
     pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
         let mut pass = Pass::default();
+        let mut kept = Kept::default();
         let mut said = String::new();
         loop {
             self.heartbeat.beat();
-            let pause = match self.round(&mut pass, stop) {
+            let pause = match self.round(&mut pass, &mut kept, stop) {
                 Ok(Next::Stop) => return Ok(()),
                 Ok(Next::Round) => {
                     said.clear();
@@ -106,7 +135,12 @@ impl Upkeep {
         *said = text;
     }
 
-    fn round(&self, pass: &mut Pass, stop: &Receiver<Infallible>) -> Result<Next, StoreError> {
+    fn round(
+        &self,
+        pass: &mut Pass,
+        kept: &mut Kept,
+        stop: &Receiver<Infallible>,
+    ) -> Result<Next, StoreError> {
         let turn = self.store.upkeep_turn()?;
         let mut partitions = self.store.partitions()?;
         let mut next = Next::Round;
@@ -114,7 +148,7 @@ impl Upkeep {
             let live = self.live.now();
             self.create(&mut partitions, live.partitions.premake)?;
             if let Some(retention) = live.partitions.retention {
-                self.drop_old(&mut partitions, retention)?;
+                self.drop_old(&mut partitions, retention, kept)?;
                 next = self.clean(&mut partitions, retention, pass, &turn, stop)?;
             }
             self.metrics.upkeep_done();
@@ -135,31 +169,24 @@ impl Upkeep {
         Ok(())
     }
 
-    fn drop_old(&self, partitions: &mut Partitions, retention: Duration) -> Result<(), StoreError> {
-        for partition in partitions.list(Some(retention))? {
-            if !partition.is_old {
-                continue;
-            }
+    fn drop_old(
+        &self,
+        partitions: &mut Partitions,
+        retention: Duration,
+        kept: &mut Kept,
+    ) -> Result<(), StoreError> {
+        let listed = partitions.list(Some(retention))?;
+        kept.forget_all_but(&listed);
+        for partition in listed.iter().filter(|partition| partition.is_old) {
             self.heartbeat.beat();
             let name = &partition.name;
-            match partitions.drop(name, retention)? {
-                Dropped::Dropped => {
-                    self.metrics.deleted(0, 1);
-                    log::info!("partition dropped: partition={name} bytes={}", partition.bytes);
-                }
-                Dropped::Young => {}
-                Dropped::Discarded => {
-                    log::info!("partition kept: partition={name}: it has events that were discarded lately");
-                }
-                Dropped::Pending => log::info!("partition kept: partition={name}: it has pending events"),
-                Dropped::Dead => {
-                    log::info!(
-                        "partition kept: partition={name}: it has dead letters; retry or discard them"
-                    );
-                }
-                Dropped::Locked => {
-                    log::info!("partition kept, will retry: partition={name}: its locks were not free");
-                }
+            let outcome = partitions.drop(name, retention)?;
+            if outcome == Dropped::Dropped {
+                self.metrics.deleted(0, 1);
+                log::info!("partition dropped: partition={name} bytes={}", partition.bytes);
+            } else if let Some(why) = why_kept(outcome) {
+                let level = if kept.is_news(name, outcome) { log::Level::Info } else { log::Level::Debug };
+                log::log!(level, "partition kept: partition={name}: {why}");
             }
         }
         Ok(())
@@ -210,5 +237,41 @@ impl Upkeep {
         }
         pass.next = Some(Instant::now() + PASS_INTERVAL);
         Ok(Next::Round)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_a_partition_is_kept_is_said_once() {
+        let partition = |name: &str, is_old| Partition {
+            name: name.to_owned(),
+            from: None,
+            to: None,
+            is_default: false,
+            bytes: 0,
+            rows: None,
+            holds: None,
+            is_old,
+            has_old: is_old,
+        };
+        let mut kept = Kept::default();
+        let rounds = [
+            (Dropped::Dead, true),
+            (Dropped::Dead, false),
+            (Dropped::Locked, true),
+            (Dropped::Dead, true),
+            (Dropped::Dead, false),
+        ];
+        for (round, (outcome, is_news)) in rounds.into_iter().enumerate() {
+            kept.forget_all_but(&[partition("a", true), partition("b", true)]);
+            assert_eq!(kept.is_news("a", outcome), is_news, "round {round}");
+        }
+        assert!(kept.is_news("b", Dropped::Dead), "each partition for itself");
+        // A longer retention, then the former one again.
+        kept.forget_all_but(&[partition("a", false), partition("b", true)]);
+        assert!(kept.is_news("a", Dropped::Dead) && !kept.is_news("b", Dropped::Dead));
     }
 }

@@ -300,8 +300,14 @@ fn manual_pages_and_completions_say_what_the_program_does() {
         page(&format!("pg-outbox-{command}.1"));
     }
     assert!(seen >= 4, "{help}");
-    for word in ["--config", "SIGHUP", "Exit codes", "/etc/credstore/pg-outbox.dsn"] {
+    for word in ["--config", "SIGHUP", "Exit codes", "/etc/credstore/pg-outbox.dsn", "/etc/default/pg-outbox"]
+    {
         assert!(main.contains(word), "{word} is missing:\n{main}");
+    }
+    let unit = include_str!("../systemd/pg-outbox.service");
+    for loaded in unit.lines().filter_map(|line| line.strip_prefix("LoadCredential=")) {
+        let (_, source) = loaded.split_once(':').unwrap();
+        assert!(main.contains(source), "{source} is missing:\n{main}");
     }
     let config = page("pg-outbox.yaml.5");
     for text in [

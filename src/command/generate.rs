@@ -22,8 +22,13 @@ The configuration, see pg\-outbox.yaml(5).
 /etc/default/pg\-outbox
 Environment of the service; its variables win over the configuration.
 .TP
-/etc/credstore/pg\-outbox.dsn, pg\-outbox.nats.creds, pg\-outbox.nats.password, pg\-outbox.nats.token
-Secrets that systemd hands to the service, as credential:dsn and so on.
+/etc/credstore/pg\-outbox.dsn, pg\-outbox.database.password, pg\-outbox.database.key, pg\-outbox.nats.creds,
+pg\-outbox.nats.nk, pg\-outbox.nats.key, pg\-outbox.nats.password, pg\-outbox.nats.token
+Secrets that systemd hands to the service, as credential:dsn and so on. The other commands read them where they are,
+as root.
+.TP
+/etc/pg\-outbox/NAME.yaml, /etc/default/pg\-outbox\-NAME, /etc/credstore/pg\-outbox.NAME.dsn and so on
+The same for pg\-outbox@NAME.service.
 .SH "SEE ALSO"
 pg\-outbox.yaml(5), systemctl(1), journalctl(1)
 "#;
