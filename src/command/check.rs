@@ -74,12 +74,7 @@ fn check_database(config: &Config, report: &mut Report) {
     let complete = schema.as_ref().is_ok_and(Vec::is_empty);
     match schema {
         Ok(problems) if problems.is_empty() => report.line("schema", Ok("complete".into())),
-        Ok(mut problems) => {
-            // Without its tables the schema is missing as a whole, and what they would hold goes without saying.
-            let whole = |problem: &String| problem.starts_with("table ");
-            if problems.iter().any(whole) {
-                problems.retain(whole);
-            }
+        Ok(problems) => {
             for problem in problems {
                 report.line("schema", Err(problem));
             }
