@@ -22,13 +22,13 @@ The configuration, see pg\-outbox.yaml(5).
 /etc/default/pg\-outbox
 Environment of the service; its variables win over the configuration.
 .TP
-/etc/credstore/pg\-outbox.dsn, pg\-outbox.database.password, pg\-outbox.database.key, pg\-outbox.nats.creds,
-pg\-outbox.nats.nk, pg\-outbox.nats.key, pg\-outbox.nats.password, pg\-outbox.nats.token
-Secrets that systemd hands to the service, as credential:dsn and so on. The other commands read them where they are,
-as root.
+/etc/credstore/pg\-outbox.dsn
+Secret that systemd hands to the service, as credential:dsn. The other commands read it there, as root. Beside it:
+pg\-outbox.database.password, pg\-outbox.database.key, pg\-outbox.nats.creds, pg\-outbox.nats.nk,
+pg\-outbox.nats.key, pg\-outbox.nats.password, pg\-outbox.nats.token.
 .TP
-/etc/pg\-outbox/NAME.yaml, /etc/default/pg\-outbox\-NAME, /etc/credstore/pg\-outbox.NAME.dsn and so on
-The same for pg\-outbox@NAME.service.
+/etc/pg\-outbox/NAME.yaml
+For pg\-outbox@NAME.service, as are /etc/default/pg\-outbox\-NAME and /etc/credstore/pg\-outbox.NAME.dsn.
 .SH "SEE ALSO"
 pg\-outbox.yaml(5), systemctl(1), journalctl(1)
 "#;

@@ -116,6 +116,10 @@ pub fn run(config: &Config, format: Format, times: Times, out: &mut impl Write) 
             write!(out, "\x1b[H\x1b[2J")?;
         }
         out.write_all(text.as_bytes())?;
+        if times == Times::ForEver && format == Format::Table && !is_screen {
+            // In a file, what keeps one look from the next.
+            writeln!(out)?;
+        }
         out.flush()?;
         if times == Times::Once {
             return Ok(status.problems.is_empty());
