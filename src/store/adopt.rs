@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 
 use postgres::Client;
 
+use super::pool::{Query, typed};
 use super::target::Target;
-use super::{
-    MIGRATIONS, Query, Sessions, Store, StoreError, connect, first, read_all, schema_version, sessions, typed,
-};
+use super::{MIGRATIONS, Sessions, Store, StoreError, connect, first, read_all, schema_version, sessions};
 use crate::adoption::{self, Column, Found, How, Kind, PartIndex, Partition, Schema, Step, Violated};
 use crate::config::Database;
 

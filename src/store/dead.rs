@@ -11,9 +11,9 @@ use std::time::Duration;
 use postgres::Row;
 use uuid::Uuid;
 
-use super::{
-    Connection, Query, STATEMENT_TIMEOUT, Store, StoreError, Timestamp, milliseconds, read_all, storable,
-};
+use super::claim::storable;
+use super::pool::{Connection, Query, Timestamp};
+use super::{STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
 
 /// Longest wait for the claim that has a lane: longer than a claim sends, waits for acks, and probes.
 const LANE_TIMEOUT: Duration = Duration::from_secs(25);

@@ -9,10 +9,9 @@
 use postgres::{Client, Row, SimpleQueryMessage};
 use uuid::Uuid;
 
+use super::pool::{Query, Timestamp, typed};
 use super::sessions::{self, Sessions};
-use super::{
-    Query, STATEMENT_TIMEOUT, Selection, Store, StoreError, Target, Timestamp, connect, read_all, typed,
-};
+use super::{STATEMENT_TIMEOUT, Selection, Store, StoreError, Target, connect, read_all};
 use crate::config::Secret;
 use crate::event::Event;
 

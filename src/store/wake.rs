@@ -11,9 +11,8 @@ use std::time::Duration;
 use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator;
 
-use super::{
-    Query, STATEMENT_TIMEOUT, Secret, Sessions, Store, StoreError, Target, connect, first, sessions,
-};
+use super::pool::Query;
+use super::{STATEMENT_TIMEOUT, Secret, Sessions, Store, StoreError, Target, connect, first, sessions};
 
 /// The sleep lock's key, beside the table's oid. `outbox_notify` in the schema has the same.
 const LOCK_KEY: &str = "1869968483, 'outboxes'::regclass::oid::int8::bit(32)::int4";

@@ -1,0 +1,199 @@
+//! What the pool keeps and hands out: connections, their prepared statements, and when one must not be used again.
+//!
+//! With `store.rs`, which sets the pool up, the only file that names `r2d2`. Every use of a client goes through
+//! [`Connection::attempt`]: any error dooms the connection, as nobody knows what state its transaction is in, and it is
+//! closed instead of going back.
+
+use std::collections::HashMap;
+use std::ops::DerefMut;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use log::debug;
+// The name that `to_sql_checked!` itself has for what `ToSql` writes to.
+use postgres::types::private::BytesMut;
+use postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
+use postgres::{Client, Row, Statement};
+use r2d2::{HandleError, ManageConnection};
+
+use super::target::Target;
+use super::{Shared, StoreError, sessions};
+
+/// A statement of `store/*.sql`, prepared once a connection where connections are sessions.
+pub(super) struct Query {
+    pub(super) name: &'static str,
+    pub(super) text: &'static str,
+    /// Of `$1`, `$2`, ...
+    pub(super) types: &'static [Type],
+}
+
+/// A connection on loan from the pool. It goes back unless it is doomed or the pool has enough idle ones.
+pub(super) struct Connection {
+    pub(super) pooled: r2d2::PooledConnection<Manager>,
+    pub(super) pool: r2d2::Pool<Manager>,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Connection {
+    /// Begins a transaction by statements of which the last one returns the server process as its last column.
+    pub(super) fn begin(&mut self, text: &str) -> Result<(), StoreError> {
+        let messages = self.attempt(|session| session.client.simple_query(text))?;
+        let now = sessions::last_number(&messages).unwrap_or_default();
+        let before = *self.pooled.served_by.get_or_insert(now);
+        let moved = self.shared.preparing.moved(before, now);
+        self.pooled.doomed |= moved.is_err();
+        moved
+    }
+
+    pub(super) fn batch(&mut self, text: &str) -> Result<(), StoreError> {
+        self.attempt(|session| session.client.batch_execute(text))
+    }
+
+    pub(super) fn query(
+        &mut self,
+        query: &Query,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        let prepares = self.shared.preparing.is_on();
+        self.attempt(|session| {
+            if !prepares {
+                return session.client.query_typed(query.text, &typed(query, params));
+            }
+            let statement = session.prepared(query)?;
+            session.client.query(&statement, params)
+        })
+    }
+
+    pub(super) fn execute(
+        &mut self,
+        query: &Query,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<u64, StoreError> {
+        let prepares = self.shared.preparing.is_on();
+        self.attempt(|session| {
+            if !prepares {
+                return session.client.execute_typed(query.text, &typed(query, params));
+            }
+            let statement = session.prepared(query)?;
+            session.client.execute(&statement, params)
+        })
+    }
+
+    /// Every use of the client goes through here: any error dooms the connection.
+    pub(super) fn attempt<T>(
+        &mut self,
+        work: impl FnOnce(&mut Session) -> Result<T, postgres::Error>,
+    ) -> Result<T, StoreError> {
+        let session = self.pooled.deref_mut();
+        let result = work(session);
+        session.doomed |= result.is_err();
+        let age = session.age;
+        result.map_err(|error| {
+            let error = StoreError::from(&error);
+            if error.has_ended_the_session() {
+                // It may have ended all that are as old.
+                let _ = self.shared.age.compare_exchange(age, age + 1, Ordering::Relaxed, Ordering::Relaxed);
+            }
+            self.shared.preparing.failed(error)
+        })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // r2d2 has no limit on idle connections. Two that return at the same time may both find room.
+        self.pooled.doomed |= self.pool.state().idle_connections >= self.shared.max_idle;
+    }
+}
+
+/// What the pool keeps: a client, its prepared statements, and whether it may be used again. The client is dropped
+/// first: a statement that is dropped before its connection would be closed on whatever server process is there.
+pub(super) struct Session {
+    pub(super) client: Client,
+    pub(super) doomed: bool,
+    /// How many ages had ended when it was made.
+    pub(super) age: u64,
+    /// The server process of its first transaction.
+    served_by: Option<i32>,
+    statements: HashMap<&'static str, Statement>,
+}
+
+impl Session {
+    fn prepared(&mut self, query: &Query) -> Result<Statement, postgres::Error> {
+        if let Some(statement) = self.statements.get(query.name) {
+            return Ok(statement.clone());
+        }
+        let statement = self.client.prepare_typed(query.text, query.types)?;
+        self.statements.insert(query.name, statement.clone());
+        Ok(statement)
+    }
+}
+
+/// The parameters of a statement, each with its type.
+pub(super) fn typed<'p>(
+    query: &Query,
+    params: &[&'p (dyn ToSql + Sync)],
+) -> Vec<(&'p (dyn ToSql + Sync), Type)> {
+    params.iter().copied().zip(query.types.iter().cloned()).collect()
+}
+
+pub(super) struct Manager {
+    pub(super) target: Target,
+    pub(super) age: Arc<AtomicU64>,
+}
+
+impl ManageConnection for Manager {
+    type Connection = Session;
+    type Error = StoreError;
+
+    fn connect(&self) -> Result<Session, StoreError> {
+        let age = self.age.load(Ordering::Relaxed);
+        let client = self.target.connect()?;
+        Ok(Session { client, doomed: false, age, served_by: None, statements: HashMap::new() })
+    }
+
+    fn is_valid(&self, session: &mut Session) -> Result<(), StoreError> {
+        session.client.simple_query("").map(|_| ()).map_err(|error| StoreError::from(&error))
+    }
+
+    fn has_broken(&self, session: &mut Session) -> bool {
+        session.doomed || session.client.is_closed()
+    }
+}
+
+/// The caller who waits for a connection reports why there is none, once; r2d2 would at every try.
+#[derive(Debug)]
+pub(super) struct LogAtDebug;
+
+impl HandleError<StoreError> for LogAtDebug {
+    fn handle_error(&self, error: StoreError) {
+        debug!("connect to postgres failed, will try again: {error}");
+    }
+}
+
+/// `timestamptz` as PostgreSQL keeps it, microseconds since 2000-01-01 UTC, so that what is read comes back
+/// exactly: also `infinity`, and years that date types refuse.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timestamp(pub(super) i64);
+
+impl FromSql<'_> for Timestamp {
+    fn from_sql(_: &Type, raw: &[u8]) -> Result<Timestamp, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Timestamp(i64::from_be_bytes(raw.try_into()?)))
+    }
+
+    accepts!(TIMESTAMPTZ);
+}
+
+impl ToSql for Timestamp {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        out.extend_from_slice(&self.0.to_be_bytes());
+        Ok(IsNull::No)
+    }
+
+    accepts!(TIMESTAMPTZ);
+    to_sql_checked!();
+}
