@@ -27,7 +27,7 @@ use crate::store::{
 const LIST_MAX: i64 = 10;
 /// Time between the two looks that rates are made of.
 const RATE_INTERVAL: Duration = Duration::from_secs(1);
-/// Time between two screens of `--watch`.
+/// Time from one screen of `--watch` to the next.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How it is shown.
@@ -106,6 +106,7 @@ pub fn run(config: &Config, format: Format, times: Times, out: &mut impl Write) 
     let store = Store::new(&config.database, "status", settings)?;
     let is_screen = std::io::stdout().is_terminal();
     loop {
+        let started = Instant::now();
         let status = look(config, &store);
         let text = match format {
             Format::Json => serde_json::to_string(&status).context("write JSON")? + "\n",
@@ -124,7 +125,8 @@ pub fn run(config: &Config, format: Format, times: Times, out: &mut impl Write) 
         if times == Times::Once {
             return Ok(status.problems.is_empty());
         }
-        sleep(WATCH_INTERVAL);
+        // The look itself takes a second, for the rates.
+        sleep(WATCH_INTERVAL.saturating_sub(started.elapsed()));
     }
 }
 
