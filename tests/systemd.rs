@@ -84,6 +84,31 @@ fn the_template_differs_in_names_alone() {
     assert_eq!(settings(template), expected);
 }
 
+#[test]
+fn it_is_started_again_whatever_happens_but_with_a_bad_configuration() {
+    let (_, unit) = UNITS[0];
+    let setting = |name: &str| {
+        let found: Vec<&str> =
+            unit.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')).collect();
+        // Of several the last one holds, where it is understood.
+        (*found.last().unwrap_or_else(|| panic!("no {name}"))).to_owned()
+    };
+    let seconds = |name: &str| setting(name).trim_end_matches('s').parse::<u64>().unwrap();
+    assert_eq!((setting("Restart"), seconds("StartLimitIntervalSec")), ("always".to_owned(), 0));
+    assert_eq!(setting("RestartPreventExitStatus"), "78");
+    assert!(seconds("RestartSec") >= 1 && seconds("RestartMaxDelaySec") > seconds("RestartSec"));
+    assert!(seconds("RestartSteps") >= 2, "the pause grows");
+    // Type= twice: what an older systemd understands stands first.
+    assert!(unit.contains("Type=notify\n") && setting("Type") == "notify-reload");
+    assert!(setting("ExecReload").contains("-HUP $MAINPID"));
+    let defaults = pg_outbox::config::Config::parse("database: { dsn: 'host=h' }", "", |_| None).unwrap();
+    assert!(
+        seconds("TimeoutStopSec") > defaults.dispatcher.shutdown_grace.as_secs(),
+        "killed before it has drained"
+    );
+    assert!(seconds("WatchdogSec") > 0);
+}
+
 fn monotonic_us() -> i64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec * 1_000_000 + now.tv_nsec / 1_000
