@@ -281,6 +281,27 @@ fn what_cannot_be_adopted_is_refused_in_clear_words_and_left_as_it_was() {
 }
 
 #[test]
+fn a_table_without_partitions_is_moved_as_the_readme_says() {
+    let (db, stream) = (seed_table(), stream());
+    // The same table, but for its partitions, of which it had none.
+    db.execute(
+        "ALTER TABLE outboxes RENAME TO partitioned; DROP FUNCTION create_monthly_partition, cleanup_old_outbox_events;
+         CREATE TABLE outboxes (LIKE partitioned INCLUDING ALL); DROP TABLE partitioned CASCADE;
+         CREATE SEQUENCE plain_seq OWNED BY outboxes.seq; ALTER TABLE outboxes ALTER COLUMN seq SET DEFAULT nextval('plain_seq')",
+    );
+    fill(&db, 300, 100);
+    let (_, recipe) = include_str!("../README.md").split_once("- **A table without partitions**").unwrap();
+    let block = recipe.split("```").nth(1).unwrap();
+    let statements: Vec<&str> = block.split('\'').skip(1).step_by(2).collect();
+    assert_eq!((statements.len(), block.matches("\npg-outbox migrate\n").count()), (2, 1), "{block}");
+    db.execute(statements[0]);
+    migrate(shared_postgres(), &db.name);
+    db.execute(statements[1]);
+    assert_eq!((db.pending(), db.published()), (100, 0));
+    assert_works(&db, &stream);
+}
+
+#[test]
 fn a_transaction_in_the_way_is_waited_for_and_keeps_no_writer_waiting() {
     let (db, stream) = (seed_table(), stream());
     fill(&db, 100, 10);
