@@ -320,9 +320,17 @@ fn manual_pages_and_completions_say_what_the_program_does() {
     }
     let bash = folder.path().join("completions/pg-outbox");
     output(Command::new("bash").arg("-n").arg(&bash));
-    let complete = format!(
-        ". {}; COMP_WORDS=(pg-outbox mig); COMP_CWORD=1; $(complete -p pg-outbox | grep -o '_pg[a-z_-]*') pg-outbox mig pg-outbox; echo \"${{COMPREPLY[@]}}\"",
-        bash.display()
-    );
-    assert_eq!(output(Command::new("bash").args(["-c", &complete])).trim_end(), "migrate");
+    for (words, expected) in [
+        ("pg-outbox mig", "migrate"),
+        ("pg-outbox partitions d", "drop"),
+        ("pg-outbox partitions drop --dr", "--dry-run"),
+        ("pg-outbox status --w", "--watch"),
+    ] {
+        let complete = format!(
+            ". {}; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); $(complete -p pg-outbox | grep -o '_pg[a-z_-]*') \
+             pg-outbox \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"; echo \"${{COMPREPLY[@]}}\"",
+            bash.display()
+        );
+        assert_eq!(output(Command::new("bash").args(["-c", &complete])).trim_end(), expected, "{words}");
+    }
 }

@@ -54,6 +54,10 @@ pub fn run(mut command: clap::Command, folder: &Path) -> Result<()> {
     {
         let mut text = Vec::new();
         clap_complete::generate(shell, &mut command, "pg-outbox", &mut text);
+        // Of a program whose name has a hyphen clap_complete 4.6 writes the states of bash in two ways, so that none
+        // behind a subcommand is ever found (its issue 6421).
+        let text = String::from_utf8(text).context("read the completions")?;
+        let text = text.replace("pg__subcmd__outbox", "pg__outbox");
         fs::write(completions.join(name), text).with_context(|| format!("write {name}"))?;
     }
     Ok(())
