@@ -9,7 +9,7 @@ use pg_outbox::sandbox::Stop;
 use super::delivery::wait_drained;
 use super::harness::daemon::pg_outbox;
 use super::harness::database::{grant_roles, shared_postgres, start_postgres};
-use super::harness::{Config, Daemon, TestDb, database, stream, wait_until};
+use super::harness::{Config, Daemon, TestDb, database, secrets, stream, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -155,6 +155,25 @@ fn a_database_in_another_encoding_is_one_like_any_other() {
     let messages = stream.messages();
     assert_eq!(messages.len(), 1);
     assert_eq!(messages[0].payload, "{\"name\": \"\u{e9}\"}".as_bytes());
+}
+
+#[test]
+fn what_a_row_holds_is_in_no_error() {
+    const PAYLOAD: &str = "what only consumers may know";
+    secrets::plant(PAYLOAD);
+    let (db, stream) = (database(), stream());
+    db.execute("ALTER TABLE outboxes ADD CONSTRAINT nosy CHECK (attempts = 0)");
+    let daemon = Daemon::start(&Config::new(&db, &stream).set("dispatcher.poll_interval", "200ms"));
+    db.event("order.placed", "k", &format!("{{\"name\": \"{PAYLOAD}\"}}"));
+    wait_until("it says why it cannot settle", LIMIT, &[&daemon, &db], || {
+        daemon.log_lines("settle failed").iter().any(|line| line.contains("23514") && line.contains("nosy"))
+    });
+    for path in ["/status", "/recent", "/health", "/ready"] {
+        daemon.get(path);
+    }
+    db.execute("ALTER TABLE outboxes DROP CONSTRAINT nosy");
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    assert!(daemon.log().contains("settle failed"));
 }
 
 #[test]

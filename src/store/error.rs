@@ -5,6 +5,9 @@
 
 use std::fmt;
 
+/// not_null_violation, check_violation, with_check_option_violation: their detail is the row, payload and all.
+const QUOTES_A_ROW: [&str; 3] = ["23502", "23514", "44000"];
+
 /// Why PostgreSQL did not do something. Displays as `SQLSTATE: message (detail)` where it is the server's word.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreError {
@@ -62,8 +65,9 @@ impl From<&postgres::Error> for StoreError {
             }
             return StoreError::outage(text);
         };
-        let detail = db.detail().map(|detail| format!(" ({detail})")).unwrap_or_default();
         let code = db.code().code();
+        let detail = db.detail().filter(|_| !QUOTES_A_ROW.contains(&code));
+        let detail = detail.map(|detail| format!(" ({detail})")).unwrap_or_default();
         // Classes 08: connection exceptions; 53: out of connections, memory or disk; 58: the disk failed. 57P:
         // the server ends, starts or kills the session; 25P03: idle_in_transaction_session_timeout did.
         // 25006 and 0A000: it is a standby, which answers our BEGIN ... READ WRITE with the latter.
