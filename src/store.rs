@@ -35,7 +35,7 @@ mod target;
 mod wake;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use postgres::types::ToSql;
@@ -89,6 +89,9 @@ const NO_OTHER_LIMITS: &str = "set_config('lock_timeout', '0', true), \
      CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL \
           THEN set_config('transaction_timeout', '0', true) END";
 
+/// The last columns of a SELECT that begins a transaction: see [`Connection::begin`].
+const SERVED_BY: &str = "current_setting('server_encoding'), pg_backend_pid()";
+
 /// The migrations in order; each records its version in `outbox_schema` and does nothing the second time.
 const MIGRATIONS: &[(i32, &str)] = &[(1, include_str!("../schema/001_outbox.sql"))];
 
@@ -114,6 +117,8 @@ struct Shared {
     /// Begins a claim's transaction, with its settings, in one round trip.
     begin_claim: String,
     preparing: Preparing,
+    /// The database's encoding has some characters only, as far as is known.
+    narrow: AtomicBool,
     /// Counts the ages of connections: one ends when a connection is lost.
     age: Arc<AtomicU64>,
 }
@@ -190,6 +195,7 @@ impl Store {
             backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
             begin_claim: begin_claim(&settings),
             preparing: Preparing::new(database.prepared_statements),
+            narrow: AtomicBool::new(false),
             age,
             settings,
         };
@@ -443,7 +449,7 @@ fn application_name(instance_id: &str) -> String {
 fn begin_reading(timeout: Duration) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; \
-         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), {NO_OTHER_LIMITS}, pg_backend_pid()",
+         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), {NO_OTHER_LIMITS}, {SERVED_BY}",
         milliseconds(timeout)
     )
 }

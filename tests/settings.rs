@@ -157,6 +157,24 @@ fn a_database_in_another_encoding_is_one_like_any_other() {
     assert_eq!(messages[0].payload, "{\"name\": \"\u{e9}\"}".as_bytes());
 }
 
+/// Reasons can hold what the database has no characters for. A settle that it refuses would be tried for ever.
+#[test]
+fn a_reason_is_written_whatever_the_encoding() {
+    let postgres = start_postgres();
+    let (db, stream) = (TestDb::in_encoding(&postgres, "LATIN1"), stream());
+    let config = Config::new(&db, &stream)
+        .set("dispatcher.max_attempts", 2)
+        .set("dispatcher.backoff_initial", "100ms")
+        .set_in("nats.topic_map", "lost.thing", "nowhere.\u{4e2d}");
+    let daemon = Daemon::start(&config);
+    db.event("lost.thing", "k", "{}");
+    db.event("order.placed", "k", "{}");
+    wait_until("both have ended", LIMIT, &[&daemon, &db], || (db.dead(), db.published()) == (1, 1));
+    let escaped = r"SELECT count(*) FROM outboxes WHERE position('nowhere.\u{4e2d}' IN last_error) > 0";
+    assert_eq!(db.number(escaped), 1);
+    assert!(daemon.log_lines("settle failed").is_empty(), "{}", daemon.log());
+}
+
 #[test]
 fn what_a_row_holds_is_in_no_error() {
     const PAYLOAD: &str = "what only consumers may know";

@@ -18,7 +18,8 @@ use uuid::Uuid;
 
 use super::pool::{Connection, Query, Timestamp};
 use super::{
-    CLAIM_PLANS, LANES, NO_OTHER_LIMITS, STATEMENT_TIMEOUT, Shared, Store, StoreError, milliseconds, read_all,
+    CLAIM_PLANS, LANES, NO_OTHER_LIMITS, SERVED_BY, STATEMENT_TIMEOUT, Shared, Store, StoreError,
+    milliseconds, read_all,
 };
 use crate::cursors;
 use crate::event::{Event, Outcome};
@@ -232,8 +233,8 @@ impl Opening {
         let ids = vec![head.id];
         let created_at = vec![Timestamp(head.created_at)];
         let attempts = vec![head.attempts.saturating_add(1)];
-        let buried =
-            connection.execute(&SETTLE_DEAD, &[&ids, &created_at, &attempts, &vec![storable(reason)]])?;
+        let buried = connection
+            .execute(&SETTLE_DEAD, &[&ids, &created_at, &attempts, &vec![connection.storable(reason)]])?;
         connection.batch("COMMIT")?;
         Ok(buried > 0)
     }
@@ -380,12 +381,13 @@ impl Claim {
         outcomes: impl IntoIterator<Item = (&'e Event, &'e Outcome)>,
     ) -> Result<Settled, StoreError> {
         let mut writes = Writes::default();
-        for (event, outcome) in outcomes {
-            writes.add(event, outcome);
-        }
         let Some(mut connection) = self.transaction.0.take() else {
-            return Ok(Settled { missed: writes.len(), ..Settled::default() });
+            let written = outcomes.into_iter().filter(|(_, outcome)| **outcome != Outcome::Untouched);
+            return Ok(Settled { missed: written.count() as u64, ..Settled::default() });
         };
+        for (event, outcome) in outcomes {
+            writes.add(event, outcome, &connection);
+        }
         let settled = writes.apply(&mut connection)?;
         failpoint!("settle.written");
         connection.batch("COMMIT")?;
@@ -452,17 +454,17 @@ struct Rows {
 }
 
 impl Writes {
-    fn add(&mut self, event: &Event, outcome: &Outcome) {
+    fn add(&mut self, event: &Event, outcome: &Outcome, connection: &Connection) {
         match outcome {
             Outcome::Published => self.published.add(event),
             Outcome::Retry { attempts, delay_ms, error } => {
                 self.retried.add(event);
                 self.retried.delays_ms.push(*delay_ms);
-                self.retried.add_attempt(*attempts, error);
+                self.retried.add_attempt(*attempts, connection.storable(error));
             }
             Outcome::Dead { attempts, error } => {
                 self.dead.add(event);
-                self.dead.add_attempt(*attempts, error);
+                self.dead.add_attempt(*attempts, connection.storable(error));
             }
             Outcome::Untouched => {}
         }
@@ -499,15 +501,39 @@ impl Rows {
         self.created_at.push(Timestamp(event.created_at));
     }
 
-    fn add_attempt(&mut self, attempts: u32, error: &str) {
+    fn add_attempt(&mut self, attempts: u32, error: String) {
         self.attempts.push(i32::try_from(attempts).unwrap_or(i32::MAX));
-        self.errors.push(storable(error));
+        self.errors.push(error);
     }
 }
 
-/// An error text that PostgreSQL takes: it stores no NUL, and a settle that it refuses would be tried for ever.
-pub(super) fn storable(error: &str) -> String {
-    error.chars().take(LAST_ERROR_MAX_CHARS).map(|c| if c == '\0' { '\u{fffd}' } else { c }).collect()
+impl Connection {
+    /// An error text that PostgreSQL takes: a settle that it refuses would be tried for ever. It stores no NUL, and no
+    /// character that the database's encoding does not have.
+    pub(super) fn storable(&self, error: &str) -> String {
+        let width = if self.shared.narrow.load(Ordering::Relaxed) { Width::Ascii } else { Width::Any };
+        storable(error, width)
+    }
+}
+
+/// Which characters a database has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Width {
+    Any,
+    /// These at least.
+    Ascii,
+}
+
+fn storable(text: &str, width: Width) -> String {
+    let mut stored = String::with_capacity(text.len());
+    for c in text.chars().take(LAST_ERROR_MAX_CHARS) {
+        match width {
+            _ if c == '\0' => stored.push('?'),
+            Width::Ascii if !c.is_ascii() => stored.extend(c.escape_unicode()),
+            Width::Any | Width::Ascii => stored.push(c),
+        }
+    }
+    stored
 }
 
 /// One row of `read_events.sql`.
@@ -581,7 +607,7 @@ pub(super) fn begin_claim(settings: &ClaimSettings) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
          {CLAIM_PLANS}, set_config('idle_in_transaction_session_timeout', '{}', true), \
-         set_config('statement_timeout', '{}', true){commit}, {NO_OTHER_LIMITS}, pg_backend_pid()",
+         set_config('statement_timeout', '{}', true){commit}, {NO_OTHER_LIMITS}, {SERVED_BY}",
         milliseconds(settings.idle_in_transaction_timeout),
         milliseconds(STATEMENT_TIMEOUT),
     )
@@ -597,7 +623,8 @@ mod tests {
 
     #[test]
     fn error_texts_can_be_stored() {
-        assert_eq!(storable("a\0b"), "a\u{fffd}b");
-        assert_eq!(storable(&"ä".repeat(5_000)).chars().count(), LAST_ERROR_MAX_CHARS);
+        assert_eq!(storable("a\0b", Width::Any), "a?b");
+        assert_eq!(storable("a\0ä中", Width::Ascii), "a?\\u{e4}\\u{4e2d}");
+        assert_eq!(storable(&"ä".repeat(5_000), Width::Any).chars().count(), LAST_ERROR_MAX_CHARS);
     }
 }

@@ -11,9 +11,8 @@ use std::time::Duration;
 use postgres::Row;
 use uuid::Uuid;
 
-use super::claim::storable;
 use super::pool::{Connection, Query, Timestamp};
-use super::{STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
+use super::{SERVED_BY, STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
 
 /// Longest wait for the claim that has a lane: longer than a claim sends, waits for acks, and probes.
 const LANE_TIMEOUT: Duration = Duration::from_secs(25);
@@ -197,9 +196,10 @@ fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Res
                 _ => error,
             })
         }
-        Change::Discard { by, reason } => {
-            connection.query(&DISCARD_DEAD, &[&ids, &created_at, &storable(by), &storable(reason)])
-        }
+        Change::Discard { by, reason } => connection.query(
+            &DISCARD_DEAD,
+            &[&ids, &created_at, &connection.storable(by), &connection.storable(reason)],
+        ),
     }
 }
 
@@ -207,7 +207,7 @@ fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Res
 fn begin_change() -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
-         {}, set_config('statement_timeout', '{}', true), set_config('lock_timeout', '{}', true), pg_backend_pid()",
+         {}, set_config('statement_timeout', '{}', true), set_config('lock_timeout', '{}', true), {SERVED_BY}",
         super::CLAIM_PLANS,
         milliseconds(STATEMENT_TIMEOUT),
         milliseconds(LANE_TIMEOUT),

@@ -19,6 +19,9 @@ use r2d2::{HandleError, ManageConnection};
 use super::target::Target;
 use super::{Shared, StoreError, sessions};
 
+/// Encodings that take any character of ours. (SQL_ASCII takes any bytes.)
+const WIDE_ENCODINGS: [&str; 2] = ["UTF8", "SQL_ASCII"];
+
 /// A statement of `store/*.sql`, prepared once a connection where connections are sessions.
 pub(super) struct Query {
     pub(super) name: &'static str,
@@ -35,10 +38,12 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Begins a transaction by statements of which the last one returns the server process as its last column.
+    /// Begins a transaction by statements of which the last one returns [`super::SERVED_BY`].
     pub(super) fn begin(&mut self, text: &str) -> Result<(), StoreError> {
         let messages = self.attempt(|session| session.client.simple_query(text))?;
         let now = sessions::last_number(&messages).unwrap_or_default();
+        let encoding = sessions::from_the_end(&messages, 2).unwrap_or(WIDE_ENCODINGS[0]);
+        self.shared.narrow.store(!WIDE_ENCODINGS.contains(&encoding), Ordering::Relaxed);
         let before = *self.pooled.served_by.get_or_insert(now);
         let moved = self.shared.preparing.moved(before, now);
         self.pooled.doomed |= moved.is_err();

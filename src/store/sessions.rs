@@ -123,8 +123,13 @@ pub(super) fn probe(one: &mut Client, other: &mut Client) -> Result<Sessions, po
 
 /// The last column of the last row: where statements of ours say which process runs them.
 pub(super) fn last_number(messages: &[SimpleQueryMessage]) -> Option<i32> {
+    from_the_end(messages, 1)?.parse().ok()
+}
+
+/// The `column`-th last column of the last row, from 1.
+pub(super) fn from_the_end(messages: &[SimpleQueryMessage], column: usize) -> Option<&str> {
     messages.iter().rev().find_map(|message| match message {
-        SimpleQueryMessage::Row(row) => row.get(row.len().checked_sub(1)?)?.parse().ok(),
+        SimpleQueryMessage::Row(row) => row.get(row.len().checked_sub(column)?),
         _ => None,
     })
 }
