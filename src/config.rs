@@ -215,6 +215,8 @@ pub struct Database {
     pub dsn: Secret,
     /// What dsn and listen_dsn may leave out.
     pub parts: DsnParts,
+    /// The schema that holds the outbox, 1 to 63 bytes. Default: where the connection's `search_path` finds it.
+    pub schema: Option<String>,
     /// Connections of the pool at most, up to 1,000; at least `workers` + 2. Default 20.
     pub max_connections: u32,
     /// Idle connections kept at most, 0 to `max_connections`. Default 10, or less with fewer connections.
@@ -481,7 +483,7 @@ fn ordering(reading: &mut Reading<'_>, root: &Section<'_>) -> Ordering {
 
 fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
     use PreparedStatements::{Always, Auto, Never};
-    use values::{boolean, count, dsn, duration, file, one_of, optional_dsn, secret, user};
+    use values::{boolean, count, dsn, duration, file, one_of, optional_dsn, schema, secret, user};
     let section = reading.section(root, "database");
     let preparing = [("auto", Auto), ("always", Always), ("never", Never)];
     let mut value = Keys { reading, section: &section };
@@ -497,6 +499,7 @@ fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
     let database = Database {
         dsn,
         parts,
+        schema: value.of("schema", None, schema),
         max_connections,
         max_idle: value.of("max_idle", max_connections.min(10), count(0..=1_000)),
         connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),

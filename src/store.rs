@@ -25,6 +25,7 @@ mod claim;
 mod dead;
 mod dsn;
 mod error;
+mod home;
 mod overview;
 mod partitions;
 mod plain;
@@ -42,6 +43,7 @@ use postgres::types::ToSql;
 use postgres::{Client, Row};
 
 use self::claim::begin_claim;
+use self::home::Home;
 use self::pool::{Connection, LogAtDebug, Manager, Query};
 use self::sessions::Preparing;
 use self::target::Target;
@@ -106,6 +108,7 @@ struct Shared {
     /// Where, for messages: `db:5432`.
     address: String,
     target: Target,
+    home: Home,
     /// What a DSN for the wake-up does not say.
     parts: DsnParts,
     instance_id: String,
@@ -172,6 +175,7 @@ impl Store {
     /// The DSN, or a certificate file that it names, cannot be used. The message never holds a secret of them.
     pub fn new(database: &Database, instance_id: &str, settings: ClaimSettings) -> Result<Store, StoreError> {
         let target = Target::new(&database.dsn, &database.parts, instance_id, database.connect_timeout)?;
+        let home = Home::new(database.schema.as_deref());
         let age = Arc::new(AtomicU64::new(0));
         // All written out: by default r2d2 keeps as many idle connections as it may open, asks each one
         // whether it lives before handing it out, and logs every failure as an error. Its three threads
@@ -193,7 +197,8 @@ impl Store {
             connect_timeout: database.connect_timeout,
             max_idle: database.max_idle,
             backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
-            begin_claim: begin_claim(&settings),
+            begin_claim: begin_claim(&settings, &home),
+            home,
             preparing: Preparing::new(database.prepared_statements),
             narrow: AtomicBool::new(false),
             age,
@@ -208,7 +213,7 @@ impl Store {
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn horizon(&self) -> Result<Option<Reading>, StoreError> {
-        let mut connection = self.begin(&begin_reading(STATEMENT_TIMEOUT))?;
+        let mut connection = self.begin(&begin_reading(STATEMENT_TIMEOUT, &self.shared.home))?;
         let last_seq: Option<i64> = first(&connection.query(&LAST_SEQ, &[])?, |row| row.try_get(0))?;
         let rows = connection.query(&OPEN_WRITERS, &[])?;
         connection.batch("COMMIT")?;
@@ -329,8 +334,9 @@ impl Store {
     /// of a failed migration stays.
     pub fn migrate(database: &Database, order: Option<&str>) -> Result<Migrated, StoreError> {
         let target = Target::new(&database.dsn, &database.parts, "migrate", database.connect_timeout)?;
+        let home = Home::new(database.schema.as_deref());
         let mut client = connect(&target)?;
-        let before = schema_version(&mut client)?;
+        let before = schema_version(&mut client, &home)?;
         // What to do instead stands in the hint.
         let sql = |error: postgres::Error| {
             let hint = error.as_db_error().and_then(|db| db.hint()).map(|hint| format!("; {hint}"));
@@ -344,12 +350,13 @@ impl Store {
             // not meant for this.
             client
                 .batch_execute(&format!(
-                    "SET LOCAL pg_outbox.\"order\" = '{order}'; SET LOCAL statement_timeout = 0; \
-                     SET LOCAL lock_timeout = 0; {text}"
+                    "{}SET LOCAL pg_outbox.\"order\" = '{order}'; SET LOCAL statement_timeout = 0; \
+                     SET LOCAL lock_timeout = 0; {text}",
+                    home.statement_of_transaction()
                 ))
                 .map_err(sql)?;
         }
-        let version = schema_version(&mut client)?;
+        let version = schema_version(&mut client, &home)?;
         let applied = MIGRATIONS.iter().map(|(version, _)| *version).filter(|version| *version > before);
         Ok(Migrated { applied: applied.collect(), version })
     }
@@ -408,7 +415,7 @@ impl Store {
         query: &Query,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        let mut connection = self.begin(&begin_reading(timeout))?;
+        let mut connection = self.begin(&begin_reading(timeout, &self.shared.home))?;
         let rows = connection.query(query, params)?;
         connection.batch("COMMIT")?;
         Ok(rows)
@@ -446,11 +453,12 @@ fn application_name(instance_id: &str) -> String {
 }
 
 /// Begins a transaction for reading.
-fn begin_reading(timeout: Duration) -> String {
+fn begin_reading(timeout: Duration, home: &Home) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; \
-         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), {NO_OTHER_LIMITS}, {SERVED_BY}",
-        milliseconds(timeout)
+         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), {NO_OTHER_LIMITS}, {}{SERVED_BY}",
+        milliseconds(timeout),
+        home.of_transaction(),
     )
 }
 
@@ -462,15 +470,15 @@ fn connect(target: &Target) -> Result<Client, StoreError> {
 }
 
 /// The highest version recorded; 0 before the first migration.
-fn schema_version(client: &mut Client) -> Result<i32, StoreError> {
+fn schema_version(client: &mut Client, home: &Home) -> Result<i32, StoreError> {
     let sql = |error: postgres::Error| StoreError::from(&error);
-    let table =
-        client.query_typed_one("SELECT to_regclass('outbox_schema') IS NOT NULL", &[]).map_err(sql)?;
-    if !table.get::<_, bool>(0) {
+    let name = home.qualified("outbox_schema");
+    let table = format!("SELECT to_regclass('{name}') IS NOT NULL");
+    if !client.query_typed_one(&table, &[]).map_err(sql)?.get::<_, bool>(0) {
         return Ok(0);
     }
-    let row =
-        client.query_typed_one("SELECT coalesce(max(version), 0) FROM outbox_schema", &[]).map_err(sql)?;
+    let version = format!("SELECT coalesce(max(version), 0) FROM {name}");
+    let row = client.query_typed_one(&version, &[]).map_err(sql)?;
     Ok(row.get(0))
 }
 

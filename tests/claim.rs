@@ -27,6 +27,7 @@ pub fn settings_for(dsn: &str) -> Database {
     Database {
         dsn: Secret::new(dsn),
         parts: DsnParts::default(),
+        schema: None,
         max_connections: 8,
         max_idle: 4,
         connect_timeout: Duration::from_secs(5),

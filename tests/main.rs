@@ -22,6 +22,7 @@ mod dependencies;
 mod faults;
 mod harness;
 mod harness_test;
+mod home;
 mod hostile;
 mod http;
 mod monitoring;

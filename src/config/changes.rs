@@ -49,7 +49,7 @@ impl Config {
             live {} fixed { enabled, on_dead } nested {});
         compare!(changes, database, &new.database, Database, "database",
             live {}
-            fixed { dsn, max_connections, max_idle, connect_timeout, listen, listen_dsn, prepared_statements,
+            fixed { dsn, schema, max_connections, max_idle, connect_timeout, listen, listen_dsn, prepared_statements,
                     synchronous_commit }
             nested { parts });
         compare!(changes, database.parts, &new.database.parts, DsnParts, "database",

@@ -156,6 +156,7 @@ database:
   sslrootcert: system
   sslcert: /c
   sslkey: /k
+  schema: the Shop
   prepared_statements: never
   synchronous_commit: true
 nats:
@@ -203,6 +204,7 @@ fn every_key_has_its_effect() {
     assert_eq!((database.listen, database.synchronous_commit), (false, true));
     assert_eq!(database.listen_dsn, Some(Secret::new("host = b")));
     assert_eq!(database.prepared_statements, PreparedStatements::Never);
+    assert_eq!(database.schema.as_deref(), Some("the Shop"));
     assert_eq!(nats.servers, ["nats://a:4222", "tls://b.example", "nats://[::1]:4333"]);
     assert!(
         matches!(nats.auth, NatsAuth::UserPassword(user, password) if user == "me" && password.expose() == "123")
@@ -621,6 +623,7 @@ fn a_broken_database_section_is_named_too() {
     let missing =
         "database.dsn: missing; write the connection string here or in the environment as DATABASE_DSN";
     let ok = "dsn: host=h";
+    let no_schema = "is not a schema's name; allowed: 1 to 63 bytes, no quotation marks, backslashes or control characters";
     let cases = [
         (String::new(), format!("1:1: {missing}")),
         ("logging: {}\ndatabase:\n".to_owned(), format!("2:1: {missing}")),
@@ -634,6 +637,9 @@ fn a_broken_database_section_is_named_too() {
         (format!("database: {{ {ok}, max_connections: 6 }}"), "1:43: database.max_connections: max_connections 6 is too small for 5 workers; allowed: at least 7 (workers + 2)".to_owned()),
         (format!("database: {{ {ok}, max_connections: 0 }}"), "1:43: database.max_connections: 0 is out of range; allowed: 1 to 1000".to_owned()),
         (format!("database: {{ {ok}, max_idle: 21 }}"), "1:36: database.max_idle: max_idle 21 is more than max_connections; allowed: 0 to 20".to_owned()),
+        (format!("database: {{ {ok}, schema: \"a'b\" }}"), format!("1:34: database.schema: \"a'b\" {no_schema}")),
+        (format!("database: {{ {ok}, schema: 'a\"b' }}"), format!("1:34: database.schema: \"a\\\"b\" {no_schema}")),
+        (format!("database: {{ {ok}, schema: '' }}"), "1:34: database.schema: is empty; allowed: text".to_owned()),
         ("database: { token: hunter2, dsn: host=h }".to_owned(), "1:13: database.token: unknown key; did you mean nats.token?".to_owned()),
     ];
     for (text, expected) in cases {

@@ -16,6 +16,9 @@ use super::yaml::{Node, Value};
 use crate::headers;
 use crate::topic_map::{self, TopicMap};
 
+/// PostgreSQL's own limit on a name, in bytes.
+const MAX_NAME: usize = 63;
+
 /// Longest value shown in a message, in characters.
 const MAX_SHOWN_CHARS: usize = 60;
 
@@ -187,6 +190,20 @@ pub(super) fn dsn(node: &Node) -> Result<Secret, String> {
 
 pub(super) fn optional_dsn(node: &Node) -> Result<Option<Secret>, String> {
     dsn(node).map(Some)
+}
+
+/// A schema's name, as it is. It goes into statements between quotation marks.
+pub(super) fn schema(node: &Node) -> Result<Option<String>, String> {
+    let name = text(node)?;
+    let fits =
+        name.len() <= MAX_NAME && !name.contains(['"', '\'', '\\']) && !name.contains(char::is_control);
+    if fits {
+        return Ok(Some(name.to_owned()));
+    }
+    Err(format!(
+        "{} is not a schema's name; allowed: 1 to {MAX_NAME} bytes, no quotation marks, backslashes or control characters",
+        shown(node)
+    ))
 }
 
 pub(super) fn user(node: &Node) -> Result<Option<String>, String> {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use postgres::Client;
 
+use super::home::Home;
 use super::pool::{Query, typed};
 use super::target::Target;
 use super::{MIGRATIONS, Sessions, Store, StoreError, connect, first, read_all, schema_version, sessions};
@@ -71,6 +72,8 @@ impl Store {
                     .into(),
             ));
         }
+        let home = Home::new(database.schema.as_deref());
+        home.of_session(&mut client).map_err(sql)?;
         client.batch_execute("SET lock_timeout = 0; SET statement_timeout = 0").map_err(sql)?;
         let text = MIGRATIONS[0].1;
         let order = order.unwrap_or_default().replace('\'', "''");
@@ -223,7 +226,7 @@ impl Adoption<'_> {
         };
         let mut found = Found {
             kind,
-            complete: schema_version(client)? > 0,
+            complete: schema_version(client, &Home::default())? > 0,
             columns,
             primary_key: named("key"),
             has_sequence,

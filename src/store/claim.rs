@@ -16,6 +16,7 @@ use postgres::Row;
 use postgres::types::ToSql;
 use uuid::Uuid;
 
+use super::home::Home;
 use super::pool::{Connection, Query, Timestamp};
 use super::{
     CLAIM_PLANS, LANES, NO_OTHER_LIMITS, SERVED_BY, STATEMENT_TIMEOUT, Shared, Store, StoreError,
@@ -600,16 +601,17 @@ fn positions(lanes: &[i32], cursors: &[i64; cursors::LANES]) -> Vec<i64> {
     lanes.iter().map(|&lane| cursors.get(usize_of(lane)).copied().unwrap_or(cursors::BEGINNING)).collect()
 }
 
-pub(super) fn begin_claim(settings: &ClaimSettings) -> String {
+pub(super) fn begin_claim(settings: &ClaimSettings, home: &Home) -> String {
     // `on` would take from a server that is set to wait for its replicas.
     let commit =
         if settings.synchronous_commit { "" } else { ", set_config('synchronous_commit', 'off', true)" };
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
          {CLAIM_PLANS}, set_config('idle_in_transaction_session_timeout', '{}', true), \
-         set_config('statement_timeout', '{}', true){commit}, {NO_OTHER_LIMITS}, {SERVED_BY}",
+         set_config('statement_timeout', '{}', true){commit}, {NO_OTHER_LIMITS}, {}{SERVED_BY}",
         milliseconds(settings.idle_in_transaction_timeout),
         milliseconds(STATEMENT_TIMEOUT),
+        home.of_transaction(),
     )
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use postgres::Row;
 use uuid::Uuid;
 
+use super::home::Home;
 use super::pool::{Connection, Query, Timestamp};
 use super::{SERVED_BY, STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
 
@@ -158,7 +159,7 @@ impl Store {
     pub fn change_dead(&self, letters: &[Letter], change: Change) -> Result<Vec<i64>, StoreError> {
         let Some(lane) = letters.first().map(|letter| letter.lane) else { return Ok(Vec::new()) };
         let mut connection = self.connection()?;
-        connection.begin(&begin_change())?;
+        connection.begin(&begin_change(&self.shared.home))?;
         connection.query(&LOCK_LANE, &[&lane]).map_err(|error| match error.sqlstate() {
             Some(LOCK_NOT_AVAILABLE) => {
                 let waited = LANE_TIMEOUT.as_secs();
@@ -204,13 +205,14 @@ fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Res
 }
 
 /// Begins a transaction that changes events. What an operator decided is on disk when it returns.
-fn begin_change() -> String {
+fn begin_change(home: &Home) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
-         {}, set_config('statement_timeout', '{}', true), set_config('lock_timeout', '{}', true), {SERVED_BY}",
+         {}, set_config('statement_timeout', '{}', true), set_config('lock_timeout', '{}', true), {}{SERVED_BY}",
         super::CLAIM_PLANS,
         milliseconds(STATEMENT_TIMEOUT),
         milliseconds(LANE_TIMEOUT),
+        home.of_transaction(),
     )
 }
 

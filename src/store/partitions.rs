@@ -11,6 +11,7 @@ use std::time::Duration;
 use postgres::types::ToSql;
 use postgres::{Client, Row};
 
+use super::home::Home;
 use super::pool::{Query, typed};
 use super::{NO_OTHER_LIMITS, Store, StoreError, connect, first, milliseconds, read_all};
 
@@ -20,6 +21,7 @@ pub const UPKEEP_STEP: Duration = Duration::from_secs(60);
 /// A connection for looking after the partitions.
 pub struct Partitions {
     client: Client,
+    home: Home,
 }
 
 /// The turn to keep the partitions up. Dropping it lets others have theirs.
@@ -91,7 +93,7 @@ impl Store {
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn partitions(&self) -> Result<Partitions, StoreError> {
-        Ok(Partitions { client: connect(&self.shared.target)? })
+        Ok(Partitions { client: connect(&self.shared.target)?, home: self.shared.home.clone() })
     }
 
     /// Takes the turn to keep the partitions up; `None` while another instance has it.
@@ -101,7 +103,7 @@ impl Store {
     pub fn upkeep_turn(&self) -> Result<Option<UpkeepTurn>, StoreError> {
         let mut client = connect(&self.shared.target)?;
         // Idle for as long as the round takes; it holds nothing but the lock, no snapshot either.
-        begin(&mut client, "SET LOCAL idle_in_transaction_session_timeout = 0")?;
+        begin(&mut client, "SET LOCAL idle_in_transaction_session_timeout = 0", &self.shared.home)?;
         let rows = query(&mut client, &UPKEEP_TURN, &[])?;
         let is_ours = first(&rows, |row| row.try_get(0))?;
         Ok(if is_ours { Some(UpkeepTurn { client }) } else { None })
@@ -202,7 +204,7 @@ impl Partitions {
     /// One statement in a transaction with a limit. After an error the connection is of no further use.
     fn step(&mut self, statement: &Query, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, StoreError> {
         let timeout = format!("SET LOCAL statement_timeout = {}", milliseconds(UPKEEP_STEP));
-        begin(&mut self.client, &timeout)?;
+        begin(&mut self.client, &timeout, &self.home)?;
         let rows = query(&mut self.client, statement, params)?;
         self.client.batch_execute("COMMIT").map_err(|error| StoreError::from(&error))?;
         Ok(rows)
@@ -217,10 +219,11 @@ const CREATE_PARTITION: Query = query!("create_partition", TEXT);
 const DROP_PARTITION: Query = query!("drop_partition", TEXT, INT8);
 const CLEAN_PARTITION: Query = query!("clean_partition", TEXT, INT8, INT8);
 
-fn begin(client: &mut Client, setting: &str) -> Result<(), StoreError> {
+fn begin(client: &mut Client, setting: &str, home: &Home) -> Result<(), StoreError> {
     client
         .batch_execute(&format!(
-            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {setting}; SELECT {NO_OTHER_LIMITS}"
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {setting}; SELECT {}{NO_OTHER_LIMITS}",
+            home.of_transaction()
         ))
         .map_err(|error| StoreError::from(&error))
 }

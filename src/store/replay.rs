@@ -66,6 +66,7 @@ impl Store {
             ));
         }
         drop(other);
+        shared.home.of_session(&mut client).map_err(lost)?;
         client.batch_execute("SET statement_timeout = 0; SET idle_session_timeout = 0").map_err(lost)?;
         if !client.query_typed_one(TAKE_TURN, &[]).map_err(lost)?.get::<_, bool>(0) {
             return Ok(None);

@@ -68,6 +68,7 @@ impl Store {
                     .into(),
             ));
         }
+        shared.home.of_session(&mut listener).map_err(lost)?;
         if dsn.is_some() {
             let home: String = first(&self.read(STATEMENT_TIMEOUT, &HOME, &[])?, |row| row.try_get(0))?;
             if listener.query_typed_one(HOME.text, &[]).map_err(lost)?.get::<_, String>(0) != home {
@@ -77,6 +78,7 @@ impl Store {
                 ));
             }
         }
+        shared.home.of_session(&mut sleeper).map_err(lost)?;
         let trigger = "SELECT EXISTS (SELECT FROM pg_trigger
                                        WHERE tgrelid = 'outboxes'::regclass AND tgname = 'outboxes_notify'
                                          AND tgenabled IN ('O', 'A'))";

@@ -78,6 +78,7 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
     let database = Database {
         dsn: outbox.dsn(),
         parts: outbox.parts(),
+        schema: None,
         max_connections: u32::try_from(threads.max(2)).unwrap_or(u32::MAX),
         max_idle: u32::try_from(threads).unwrap_or(u32::MAX),
         connect_timeout: Duration::from_secs(10),

@@ -152,6 +152,7 @@ impl Place {
         self.schemas.push(schema);
         let mut database = self.config.database.clone();
         database.dsn = outbox.dsn();
+        database.schema = None;
         migrate::run(&database, None, &mut std::io::sink())?;
         Ok(outbox)
     }
