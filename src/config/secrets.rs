@@ -109,10 +109,11 @@ fn content(path: &Path) -> Result<String, String> {
         ErrorKind::InvalidData => "is not text".to_owned(),
         _ => format!("cannot be read: {error}"),
     };
-    let file = File::open(path).map_err(why)?;
-    if !file.metadata().map_err(why)?.is_file() {
+    // Before it is opened: that would wait for the writer of a FIFO.
+    if !std::fs::metadata(path).map_err(why)?.is_file() {
         return Err("is not a file".to_owned());
     }
+    let file = File::open(path).map_err(why)?;
     let mut text = String::new();
     // One byte more than allowed tells a file that is too large.
     file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(why)?;

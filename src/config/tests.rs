@@ -841,6 +841,19 @@ fn secrets_may_stand_elsewhere() {
     assert_eq!(from_environment.database.dsn.expose(), "postgresql://u:hunter2@h/d");
 }
 
+/// To open one waits for who writes into it: for ever, and at a reload too.
+#[test]
+fn a_pipe_in_the_place_of_a_secret_is_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+    let text = format!("database:\n  dsn: \"file:{}\"\n", pipe.display());
+    let (said, problem) = std::sync::mpsc::channel();
+    std::thread::spawn(move || said.send(problems(&text, &[])));
+    let found = problem.recv_timeout(Duration::from_secs(20)).expect("it waits");
+    assert_eq!(found, [format!("config.yaml:2:8: database.dsn: file:{} is not a file", pipe.display())]);
+}
+
 #[test]
 fn what_is_wrong_with_secrets_elsewhere_is_said_without_them() {
     let folder = tempfile::tempdir().unwrap();
