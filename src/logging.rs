@@ -132,12 +132,17 @@ fn cut(message: &mut String) {
 /// Control characters would break the line or act on a terminal; they are shown instead.
 fn push_on_one_line(line: &mut String, message: &str) {
     for c in message.chars() {
-        if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
+        if c.is_control() || turns_text(c) || matches!(c, '\u{2028}' | '\u{2029}') {
             line.extend(c.escape_default());
         } else {
             line.push(c);
         }
     }
+}
+
+/// Characters that show others in another order than they stand in (UAX #9).
+pub fn turns_text(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn push(text: &mut String, args: std::fmt::Arguments<'_>) {
@@ -184,6 +189,7 @@ mod tests {
             (TEXT_JOURNAL, Level::Info, "started", "<6>claimer: started\n"),
             (TEXT_JOURNAL, Level::Error, "bad\n<0>forged", "<3>claimer: bad\\n<0>forged\n"),
             (TEXT_JOURNAL, Level::Warn, "ümlaut \u{2028}", "<4>claimer: ümlaut \\u{2028}\n"),
+            (TEXT_JOURNAL, Level::Warn, "a\u{202e}b", "<4>claimer: a\\u{202e}b\n"),
             (TEXT_JOURNAL, Level::Debug, "", "<7>claimer: \n"),
         ] {
             assert_eq!(shape.line(level, "claimer", message, moment()), expected);

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, Parser};
 use pg_outbox::command::demo::{self, DemoOptions};
+use pg_outbox::command::terminal::harmless;
 use pg_outbox::command::{bench, check, dead, generate, migrate, partitions, replay, run, status};
 use pg_outbox::config::{Config, ConfigError};
 use pg_outbox::store::Adopting;
@@ -25,7 +26,9 @@ fn main() -> ExitCode {
     match execute(&cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pg-outbox: {error:#}");
+            // Words of a server's may be in it; a configuration has a line for each problem.
+            let lines: Vec<String> = format!("{error:#}").lines().map(harmless).collect();
+            eprintln!("pg-outbox: {}", lines.join("\n"));
             if error.is::<ConfigError>() { BAD_CONFIG.into() } else { FAILED.into() }
         }
     }

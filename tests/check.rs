@@ -393,3 +393,20 @@ fn help_suffices() {
     );
     assert_eq!(run(&["bogus"], None).code, Some(2));
 }
+
+/// Names on the servers are others' words.
+#[test]
+fn what_servers_say_cannot_steer_a_terminal() {
+    let (db, url) = (database(), shared_nats().url());
+    let named = TestStream::named(&url);
+    let stream = TestStream::on(&url, &json!({"subjects": [format!("{}.\u{1b}[2J.>", named.prefix)]}));
+    let ran = run(&["check"], Some(&Config::new(&db, &stream).yaml()));
+    assert!(ran.stdout.contains("\u{fffd}[2J.>"), "{}", ran.stdout);
+    let nowhere = db.dsn.replace(&format!("/{}", db.name), "/%1B[2J");
+    assert_ne!(nowhere, db.dsn);
+    let failed = run(&["migrate"], Some(&Config::new(&db, &stream).set("database.dsn", nowhere).yaml()));
+    assert!(failed.stderr.contains("\"\u{fffd}[2J\" does not exist"), "{}", failed.stderr);
+    for text in [ran.stdout, ran.stderr, failed.stdout, failed.stderr] {
+        assert!(!text.contains('\u{1b}'), "{text:?}");
+    }
+}

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use super::terminal::harmless;
 use crate::answer::{self, Keeping, StreamFacts};
 use crate::config::{Config, JetStream, Storage};
 use crate::health::Health;
@@ -35,18 +36,19 @@ struct Report {
 
 impl Report {
     fn line(&mut self, what: &str, result: Result<String, String>) {
+        let what = harmless(what);
         match result {
-            Ok(detail) => println!("ok    {what}: {detail}"),
+            Ok(detail) => println!("ok    {what}: {}", harmless(&detail)),
             Err(problem) => {
                 self.ok = false;
-                println!("FAIL  {what}: {problem}");
+                println!("FAIL  {what}: {}", harmless(&problem));
             }
         }
     }
 
     /// Works, but somebody should know.
     fn warning(&self, text: &str) {
-        println!("warn  {text}");
+        println!("warn  {}", harmless(text));
     }
 }
 

@@ -8,6 +8,8 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use anyhow::{Result, bail};
 
+use crate::logging::turns_text;
+
 /// Longest text shown in a table, in characters.
 pub const SHOWN_MAX: usize = 70;
 
@@ -31,7 +33,7 @@ pub fn printable(text: &str) -> String {
 
 /// Text from events, whole, so that it cannot steer a terminal.
 pub fn harmless(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    text.chars().map(|c| if c.is_control() || turns_text(c) { '\u{fffd}' } else { c }).collect()
 }
 
 /// Asks whether to do `what` to `count` things. More than one want a yes, one goes without saying.
@@ -61,6 +63,7 @@ mod tests {
     #[test]
     fn text_from_events_cannot_steer_a_terminal() {
         assert_eq!(printable("a\x1b[2J\nb"), "a\u{fffd}[2J\u{fffd}b");
+        assert_eq!(printable("a\u{202e}b\u{2066}"), "a\u{fffd}b\u{fffd}");
         assert_eq!(printable(&"ä".repeat(200)).chars().count(), SHOWN_MAX + 1);
         assert_eq!(
             harmless(&format!("{}\u{9b}2J", "ä".repeat(200))),
