@@ -73,6 +73,13 @@ BEGIN
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', function, readers);
     END LOOP;
 
+    -- Until PostgreSQL 15 that was so in public, and it stays so in a database that was upgraded. Who can make a function
+    -- there can make one that ours, which run as their owner, take for one of PostgreSQL's.
+    IF has_schema_privilege('public', current_schema(), 'CREATE') THEN
+        RAISE WARNING 'anybody may create objects in schema %', home
+            USING HINT = format('REVOKE CREATE ON SCHEMA %s FROM PUBLIC', home);
+    END IF;
+
     IF NOT pg_has_role(operator, 'pg_read_all_stats', 'MEMBER') THEN
         BEGIN
             EXECUTE format('GRANT pg_read_all_stats TO %I', operator);

@@ -13,10 +13,12 @@ use super::harness::{TestDb, database, unique};
 
 const DENIED: &str = "42501";
 
-fn run_roles(command: &mut Command) -> Result<(), String> {
+/// Runs the file; what it says, or why it failed.
+fn run_roles(command: &mut Command) -> Result<String, String> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema/roles.sql");
     let output = command.arg("-f").arg(file).output().unwrap();
-    if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
+    let said = String::from_utf8(output.stderr).unwrap();
+    if output.status.success() { Ok(said) } else { Err(said) }
 }
 
 fn client(db: &TestDb, role: &str) -> Client {
@@ -130,6 +132,43 @@ fn again_puts_the_grants_right_and_leaves_others_alone() {
     assert_denied(&mut dispatcher, &["UPDATE outboxes SET payload = '{}'", "DELETE FROM outboxes"]);
     client(&db, WRITER).batch_execute("INSERT INTO outboxes (topic, payload) VALUES ('a', '{}')").unwrap();
     client(&db, OPERATOR).batch_execute("SELECT FROM business").unwrap();
+}
+
+#[test]
+fn a_schema_in_which_anybody_may_create_is_warned_of() {
+    let db = database();
+    let warning = "REVOKE CREATE ON SCHEMA public FROM PUBLIC";
+    let said = || run_roles(&mut shared_postgres().psql(&db.name)).unwrap();
+    assert!(!said().contains(warning));
+    db.execute("GRANT CREATE ON SCHEMA public TO PUBLIC");
+    assert!(said().contains(warning));
+}
+
+/// The functions that run as their owner, called for what is no partition of the outbox.
+#[test]
+fn a_dispatcher_reaches_no_other_table_through_the_functions_of_the_owner() {
+    let db = database();
+    db.execute("CREATE TABLE business (id int); CREATE TABLE \"a; DROP TABLE business\" (id int)");
+    let mut dispatcher = client(&db, DISPATCHER);
+    dispatcher.batch_execute("CREATE TEMPORARY TABLE outboxes_2020_01 (id int)").unwrap();
+    for name in [
+        "business",
+        "a; DROP TABLE business",
+        "public.business",
+        "outboxes",
+        "outbox_lanes",
+        "outboxes_2020_01",
+    ] {
+        for call in ["outbox_drop_partition($1, '1 day')", "outbox_clean_partition($1, 0, '1 day')"] {
+            let error = dispatcher.query(&format!("SELECT {call}"), &[&name]).expect_err(call);
+            assert_eq!(
+                error.code().map(postgres::error::SqlState::code),
+                Some("42P01"),
+                "{call} {name}: {error:?}"
+            );
+        }
+    }
+    assert_eq!(db.number("SELECT count(*) FROM business"), 0);
 }
 
 #[test]
