@@ -366,6 +366,31 @@ fn a_row_that_is_not_utf8_dies_and_delays_nobody() {
     assert_eq!(stream.count(), u64::try_from(OTHERS).unwrap());
 }
 
+/// Keys that somebody has chosen for their hash: they all wait for each other's lane, and nobody else does.
+#[test]
+fn keys_of_one_lane_delay_no_other_lane() {
+    const MANY: i64 = 20_000;
+    let (db, stream) = (database(), stream());
+    db.execute(&format!(
+        "INSERT INTO outboxes (topic, metadata, payload)
+         SELECT 'crowd.x', metadata, '{{}}'
+           FROM (SELECT jsonb_build_object('ordering-key', 'k' || n) AS metadata FROM generate_series(1, 100 * {MANY}) n) keys
+          WHERE outbox_lane('crowd.x', metadata) = 7
+          LIMIT {MANY}"
+    ));
+    assert_eq!(db.pending(), MANY);
+    let daemon = Daemon::start(&Config::new(&db, &stream));
+    db.events("good.x", OTHERS, 100);
+    let others = "SELECT count(*) FROM outboxes WHERE topic = 'good.x' AND outbox_lane(topic, metadata) <> 7";
+    assert!(db.number(others) > OTHERS / 2);
+    let waiting = format!("{others} AND published_at IS NULL");
+    wait_until("the other lanes are published", MOMENT, &[&daemon, &db], || db.number(&waiting) == 0);
+    let crowd = db.number("SELECT count(*) FROM outboxes WHERE topic = 'crowd.x' AND published_at IS NULL");
+    assert!(crowd > 0, "there was no crowd");
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    assert_eq!(stream.count(), u64::try_from(MANY + OTHERS).unwrap());
+}
+
 /// The most memory that a process has had, in bytes.
 fn peak_memory(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
