@@ -97,6 +97,8 @@ fetch_current_postgres() {
 # which that one has access, and names it instead. It goes when the script ends.
 let_postgres_reach_it() {
     local run_as=(setpriv --reuid=postgres --regid=postgres --clear-groups)
+    # Without a name the folder above it is the root of everything.
+    [ -x "${POSTGRES_CURRENT_BIN:-}/postgres" ] || die "no PostgreSQL $POSTGRES_CURRENT was fetched"
     if [ "$(id -u)" -eq 0 ] && ! "${run_as[@]}" test -x "$POSTGRES_CURRENT_BIN/postgres"; then
         POSTGRES_COPY=$(mktemp -d)
         trap 'rm -rf "$POSTGRES_COPY"' EXIT
