@@ -11,13 +11,14 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::harness::daemon::pg_outbox;
-use crate::harness::{Config, TestDb, TestStream, database, start_nats, wait_until};
+use crate::harness::{Config, TestDb, TestStream, database, secrets, start_nats, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs the bench and returns what it printed as JSON.
 fn report(command: &mut Command) -> Value {
     let output = command.output().unwrap();
+    secrets::assert_none_printed(&output);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && stderr.is_empty(), "it is quiet where there is no terminal: {stderr}");
     serde_json::from_slice(&output.stdout).unwrap()

@@ -10,7 +10,9 @@ use serde_json::Value;
 use super::delivery::wait_drained;
 use super::harness::daemon::pg_outbox;
 use super::harness::workload::writers_until;
-use super::harness::{Config, Daemon, TestDb, Workload, check_history, database, stream, wait_until};
+use super::harness::{
+    Config, Daemon, TestDb, Workload, check_history, database, secrets, stream, wait_until,
+};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -156,6 +158,7 @@ fn somebody_at_a_terminal_is_asked_first() {
             .unwrap();
         std::io::Write::write_all(child.stdin.as_mut().unwrap(), format!("{answer}\n").as_bytes()).unwrap();
         let output = child.wait_with_output().unwrap();
+        secrets::assert_none_printed(&output);
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let discarded = "SELECT count(*) FROM outboxes WHERE discarded_at IS NOT NULL";

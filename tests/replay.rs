@@ -15,7 +15,8 @@ use pg_outbox::sandbox::Store;
 use super::harness::daemon::pg_outbox;
 use super::harness::workload::writers_until;
 use super::harness::{
-    Config, Daemon, Stored, TestDb, TestStream, Workload, check_history, database, stream, wait_until,
+    Config, Daemon, Stored, TestDb, TestStream, Workload, check_history, database, secrets, stream,
+    wait_until,
 };
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -38,7 +39,9 @@ fn command(config: &Config, arguments: &[&str]) -> (Command, tempfile::NamedTemp
 
 fn replay(config: &Config, arguments: &[&str]) -> Output {
     let (mut command, _file) = command(config, arguments);
-    command.output().unwrap()
+    let output = command.output().unwrap();
+    secrets::assert_none_printed(&output);
+    output
 }
 
 #[track_caller]
@@ -230,6 +233,7 @@ fn a_replay_that_was_cut_short_says_how_to_go_on() {
     let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
     rustix::process::kill_process(pid, Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
+    secrets::assert_none_printed(&output);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(said.contains("of 400: name=n1 last_seq="), "{said}");

@@ -132,8 +132,7 @@ impl Program {
     #[track_caller]
     pub fn output(&mut self) -> std::io::Result<Output> {
         let output = self.0.output()?;
-        secrets::assert_none_in("stdout of a command", &String::from_utf8_lossy(&output.stdout));
-        secrets::assert_none_in("stderr of a command", &String::from_utf8_lossy(&output.stderr));
+        secrets::assert_none_printed(&output);
         Ok(output)
     }
 }

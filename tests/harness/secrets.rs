@@ -5,6 +5,7 @@
 //! latest when a daemon's life ends. A find fails the test with the place, and the line, without the secret.
 
 use std::collections::BTreeSet;
+use std::process::Output;
 use std::sync::{Mutex, PoisonError};
 
 /// Shorter ones occur by chance.
@@ -43,6 +44,13 @@ pub fn shown_in(place: &str, text: &str) -> Option<String> {
         index + 1,
         line.replace(secret.as_str(), "***")
     ))
+}
+
+/// The same for both outputs of a command that has ended.
+#[track_caller]
+pub fn assert_none_printed(output: &Output) {
+    assert_none_in("stdout of a command", &String::from_utf8_lossy(&output.stdout));
+    assert_none_in("stderr of a command", &String::from_utf8_lossy(&output.stderr));
 }
 
 /// Fails the test if `text`, which came from `place`, shows a planted secret.
