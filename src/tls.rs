@@ -210,17 +210,26 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
 }
 
 /// The private key of a file in PEM that nobody but its owner, or root's group, can read: libpq's rule.
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
-    let named = |why: &dyn fmt::Display| format!("{}: {why}", path.display());
-    let file = fs::metadata(path).map_err(|error| named(&format_args!("cannot be read: {error}")))?;
+/// That nobody but its owner, and root's group, can read this file, in which a key stands.
+///
+/// # Errors
+/// They can, or it is not there; the file is named.
+pub fn is_private(path: &Path) -> Result<(), String> {
+    let file = fs::metadata(path).map_err(|error| format!("{}: cannot be read: {error}", path.display()))?;
     let forbidden = if file.uid() == 0 { 0o037 } else { 0o077 };
-    if file.mode() & forbidden != 0 {
-        let allowed = "allowed: 0600, or 0640 if it is root's";
-        return Err(named(&format_args!(
-            "mode {:04o} lets others have the key; {allowed}",
-            file.mode() & 0o7777
-        )));
+    if file.mode() & forbidden == 0 {
+        return Ok(());
     }
+    Err(format!(
+        "{}: mode {:04o} lets others have the key; allowed: 0600, or 0640 if it is root's",
+        path.display(),
+        file.mode() & 0o7777
+    ))
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
+    is_private(path)?;
+    let named = |why: &dyn fmt::Display| format!("{}: {why}", path.display());
     PrivateKeyDer::from_pem_file(path).map_err(|error| match error {
         // So it is with one that a password protects.
         pem::Error::NoItemsFound => named(&"holds no private key in PEM without a password"),

@@ -4,6 +4,7 @@
 //! Each test has servers of its own, with certificates from a CA of the test. Where a stream is read back, the server
 //! takes connections in clear as well, for the harness alone: the daemon's settings insist on TLS.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Output;
 use std::time::Duration;
@@ -176,6 +177,7 @@ fn each_way_to_log_in_works_in_clear_and_over_tls() {
     let write = |name: &str, text: &str| {
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         path.to_str().unwrap().to_owned()
     };
     let (known, stranger) = (KeyPair::new_user(), KeyPair::new_user());

@@ -14,6 +14,7 @@ use nkeys::KeyPair;
 use serde_json::{Map, Value};
 
 use crate::config::{NatsAuth, Secret};
+use crate::tls;
 
 /// What precedes the user's JWT in a `.creds` file.
 const JWT_FOLLOWS: &str = "-----BEGIN NATS USER JWT-----";
@@ -99,6 +100,7 @@ impl Login {
 }
 
 fn content(path: &Path) -> Result<String> {
+    tls::is_private(path).map_err(|why| anyhow!(why))?;
     fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))
 }
 
@@ -116,6 +118,8 @@ fn jwt(text: &str) -> Option<Secret> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -124,8 +128,10 @@ mod tests {
         let path = folder.path().join("file");
         let pair = KeyPair::new_user();
         let seed = pair.seed().unwrap();
+        let mode = |mode: u32| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         let read = |text: &str, auth: fn(std::path::PathBuf) -> NatsAuth| {
             fs::write(&path, text).unwrap();
+            mode(0o600);
             Login::read(&auth(path.clone())).map_err(|error| format!("{error:#}"))
         };
         let creds = format!(
@@ -146,6 +152,12 @@ mod tests {
         }
         let Err(error) = read(&damaged, NatsAuth::NkeyFile) else { panic!() };
         assert!(error.contains("damaged") && !error.contains(&damaged), "{error}");
+        for auth in [NatsAuth::NkeyFile, NatsAuth::CredentialsFile] {
+            fs::write(&path, &creds).unwrap();
+            mode(0o644);
+            let error = Login::read(&auth(path.clone())).err().unwrap().to_string();
+            assert!(error.contains("mode 0644 lets others have the key"), "{error}");
+        }
         let missing = Login::read(&NatsAuth::NkeyFile("/nowhere/seed".into())).err().unwrap();
         assert!(format!("{missing:#}").contains("/nowhere/seed: cannot be read"), "{missing:#}");
     }
