@@ -30,8 +30,9 @@ cargo test --locked "$@"
 if [ $# -eq 0 ]; then
     say "cargo test, what depends on PostgreSQL, on PostgreSQL $POSTGRES_CURRENT"
     let_postgres_reach_it
-    # Without the two that want its own pg_dump, which did not come with it.
+    # Without those that want its own pg_dump or pg_basebackup, which did not come with it.
     PG_OUTBOX_POSTGRES_BIN=$POSTGRES_CURRENT_BIN cargo test --locked --test integration -- \
-        schema:: claim:: delivery:: wakeup:: partitions:: pooler:: settings:: \
-        --skip a_dump_restores_elsewhere --skip psql_and_migrate_install_the_same_schema
+        schema:: claim:: delivery:: wakeup:: partitions:: pooler:: settings:: home:: roles:: dead:: replay:: status:: \
+        rejections:: postgres_tls:: hostile::postgres:: hostile::rows::rows_of_every_kind \
+        --skip of_several_servers --skip a_dump_restores_elsewhere --skip psql_and_migrate_install_the_same_schema
 fi
