@@ -9,12 +9,13 @@
 //! Every method blocks its caller, on any thread; nothing here logs above debug, as callers report an outage once (but
 //! for a password that crosses the network in clear). A connection that has seen any error is closed, never pooled again.
 
-/// The statement in `store/<name>.sql`, and the types of its parameters.
+/// The statement in `store/<name>.sql`, or in several such files one after the other, and the types of its parameters.
 macro_rules! query {
-    ($name:literal $(, $parameter:ident)*) => {
+    ($name:literal $(, $parameter:ident)*) => { query!($name: [$name] $(, $parameter)*) };
+    ($name:literal: [$($part:literal),+] $(, $parameter:ident)*) => {
         $crate::store::pool::Query {
             name: $name,
-            text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/store/", $name, ".sql")),
+            text: concat!($(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/store/", $part, ".sql"))),+),
             types: &[$(postgres::types::Type::$parameter),*],
         }
     };
@@ -115,6 +116,8 @@ struct Shared {
     connect_timeout: Duration,
     max_idle: u32,
     settings: ClaimSettings,
+    /// The last claim found that something may hold events back.
+    held: AtomicBool,
     /// Starts as `settings.backoff_max`, and only grows.
     backoff_max_ms: AtomicI64,
     /// Begins a claim's transaction, with its settings, in one round trip.
@@ -196,6 +199,7 @@ impl Store {
             instance_id: instance_id.to_owned(),
             connect_timeout: database.connect_timeout,
             max_idle: database.max_idle,
+            held: AtomicBool::new(false),
             backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
             begin_claim: begin_claim(&settings, &home),
             home,

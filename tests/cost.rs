@@ -61,8 +61,9 @@ fn a_drain_costs_what_it_should() {
     let (wal, statements) = (wal() - before, statements(&db));
     let claims = EVENTS / BATCH;
     println!("statements: {statements} for {claims} claims; WAL: {} B an event", wal / EVENTS);
-    // BEGIN, settings, lock, read, settle, COMMIT; looks, gauges and the horizon are a few a second.
-    assert!(statements < claims * 6 + 150, "{statements} statements for {claims} claims");
+    // BEGIN, settings, lock, read, settle, COMMIT; the start takes about 80 more, and looks, gauges and the horizon a
+    // few a second. One statement more a claim would be 40 more.
+    assert!(statements < claims * 6 + 175, "{statements} statements for {claims} claims");
     assert!(wal / EVENTS < 450, "{} B of WAL an event", wal / EVENTS);
 }
 

@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use log::debug;
@@ -31,7 +31,14 @@ const LAST_ERROR_MAX_CHARS: usize = 2_000;
 
 const FIND_LANES: Query = query!("find_lanes", INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
-const READ_EVENTS: Query = query!("read_events", INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8);
+const READ_ANY: Query = query!(
+    "read_any": ["read_before", "read_any", "read_after"],
+    INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8
+);
+const READ_FRESH: Query = query!(
+    "read_fresh": ["read_before", "read_fresh", "read_after", "read_held"],
+    INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8
+);
 const LEFT_OUT: Query = query!("left_out", INT4_ARRAY, INT8_ARRAY, INT8_ARRAY, INT8_ARRAY);
 const SETTLE_PUBLISHED: Query = query!("settle_published", UUID_ARRAY, TIMESTAMPTZ_ARRAY);
 const SETTLE_RETRIED: Query =
@@ -154,19 +161,17 @@ impl Opening {
         claim.lanes = read_all(&rows, |row| row.try_get(0))?;
         failpoint!("claim.locked");
         let from = positions(&claim.lanes, cursors);
-        let rows = claim.transaction.query(
-            &READ_EVENTS,
-            &[
-                &claim.lanes,
-                &max_events,
-                &settings.ordered,
-                &(settings.ordered && settings.block_on_dead),
-                &backoff_max_ms,
-                &settings.max_claim_bytes,
-                &from,
-                &Some(max_event_bytes),
-            ],
-        )?;
+        let params: &[&(dyn ToSql + Sync)] = &[
+            &claim.lanes,
+            &max_events,
+            &settings.ordered,
+            &(settings.ordered && settings.block_on_dead),
+            &backoff_max_ms,
+            &settings.max_claim_bytes,
+            &from,
+            &Some(max_event_bytes),
+        ];
+        let rows = read_events(&mut claim.transaction, &self.shared.held, params)?;
         let read = read_all(&rows, |row| read_event(row, limits.event_bytes))?;
         drop(rows);
         if read.is_empty() {
@@ -193,7 +198,7 @@ impl Opening {
         let settings = &self.shared.settings;
         let lanes = &[lane][..];
         let rows = self.transaction.query(
-            &READ_EVENTS,
+            &READ_ANY,
             &[
                 &lanes,
                 &1,
@@ -537,7 +542,31 @@ fn storable(text: &str, width: Width) -> String {
     stored
 }
 
-/// One row of `read_events.sql`.
+/// Reads events, by the statement that suits what the last claim `held` back: the short one, which reads nothing and says
+/// so where something is in retry or holds its key, or the long one, which reads whatever there is. Within our locks it
+/// makes no difference when it is asked: what holds a key of our lanes is changed by nobody else meanwhile.
+fn read_events(
+    transaction: &mut Transaction,
+    held: &AtomicBool,
+    params: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, StoreError> {
+    if !held.load(Ordering::Relaxed) {
+        let rows = transaction.query(&READ_FRESH, params)?;
+        let lane = |row: &Row| row.try_get::<_, Option<i32>>(0).map_err(|error| StoreError::from(&error));
+        if rows.first().map(lane).transpose()?.flatten().is_some() || rows.is_empty() {
+            return Ok(rows);
+        }
+    }
+    let rows = transaction.query(&READ_ANY, params)?;
+    let holds = |row: &Row| row.try_get(HELD).map_err(|error| StoreError::from(&error));
+    held.store(rows.first().map(holds).transpose()?.unwrap_or(true), Ordering::Relaxed);
+    Ok(rows)
+}
+
+/// The column of what is read that says whether something may hold events back.
+const HELD: usize = 10;
+
+/// One row of what is read.
 struct ReadRow {
     lane: i32,
     /// `None` in the row that says that bytes cut the lane, or the claim, short.
@@ -548,7 +577,7 @@ struct ReadRow {
 
 fn read_event(row: &Row, max_event_bytes: usize) -> Result<ReadRow, postgres::Error> {
     let lane = row.try_get(0)?;
-    let held = row.try_get(10)?;
+    let held = row.try_get(HELD)?;
     let oversize: Option<i64> = row.try_get(11)?;
     let payload: Option<String> = row.try_get(9)?;
     if payload.is_none() && oversize.is_none() {
@@ -574,7 +603,7 @@ fn read_event(row: &Row, max_event_bytes: usize) -> Result<ReadRow, postgres::Er
 }
 
 /// How far each of `lanes` was read. A lane's read was cut short when it gave all that its share of `max_events`
-/// lets it give (the shares are those of `read_events.sql`: the first lanes take what does not divide), or when
+/// lets it give (the shares are those of `read_fresh.sql`: the first lanes take what does not divide), or when
 /// bytes cut it; when the last row says that bytes cut it, the lanes after its own may not have been read at all.
 fn lane_reads(read: &[ReadRow], lanes: &[i32], max_events: usize) -> Vec<LaneRead> {
     let cut_from = read.last().filter(|row| row.event.is_none()).map(|row| row.lane);

@@ -1,4 +1,4 @@
--- The first fresh event of each of the lanes $1 that read_events.sql has passed over, where there is one.
+-- The first fresh event of each of the lanes $1 that read_any.sql has passed over, where there is one.
 --
 -- It asks for what is there and was not read, for whatever reason, so that a cursor moves past nothing that this
 -- claim does not know. The search ends at the first such event.

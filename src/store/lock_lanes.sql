@@ -2,7 +2,7 @@
 -- tell one life of the server from another (see server_life in store.rs).
 --
 -- Lanes that another claim has locked are skipped, never waited for. It locks and nothing more: the events are read
--- by a statement of its own (read_events.sql), whose snapshot is taken after the locks.
+-- by a statement of its own (read_before.sql), whose snapshot is taken after the locks.
 --
 -- $1 int[]: lanes, in the order to try. $2 int: lanes at most.
 SELECT locked.lane, pg_postmaster_start_time() AS started, pg_stat_get_bgwriter_stat_reset_time() AS recovered

@@ -1,9 +1,9 @@
--- Reads the events of the lanes $1, which this transaction has locked.
+-- Reads the events of the lanes $1, which this transaction has locked. Between this file and read_after.sql stands
+-- what picks them: read_any.sql or read_fresh.sql.
 --
--- Each of the k lanes gives up to its share of $2 events, $2 / k: due retries first, then fresh events that
--- nothing holds back, both in seq order, so that what is left out of a key is always its tail. Together
--- they stay within $6 bytes of payload and metadata; the very first event comes whatever its size. Where
--- bytes cut a lane or the claim short, the first event left out comes as a row with a NULL payload.
+-- Each of the k lanes gives up to its share of $2 events, $2 / k, in seq order, so that what is left out of a key is
+-- always its tail. Together they stay within $6 bytes of payload and metadata; the very first event comes whatever its
+-- size. Where bytes cut a lane or the claim short, the first event left out comes as a row with a NULL payload.
 --
 -- Bytes are cut twice. Each lane first (`sized`), by the stored size, which costs nothing to know
 -- (compressed values count four times): what does not fit the lane's share of $6 is neither detoasted nor
@@ -62,49 +62,3 @@ SELECT picked.*,
            + coalesce(pg_column_size(metadata) * CASE WHEN pg_column_compression(metadata) IS NULL THEN 1 ELSE 4 END, 0)
            AS stored
   FROM (
-       (SELECT *
-          FROM (SELECT * FROM outboxes p
-                 WHERE outbox_lane(p.topic, p.metadata) = l.lane
-                   AND p.published_at IS NULL AND p.dead_at IS NULL AND p.next_attempt_at <= now()
-                   AND (SELECT by_retry FROM held)
-                UNION ALL
-                SELECT * FROM outboxes p
-                 WHERE outbox_lane(p.topic, p.metadata) = l.lane
-                   AND p.published_at IS NULL AND p.dead_at IS NULL
-                   AND p.next_attempt_at > now() + $5::bigint * interval '1 ms'
-                   AND (SELECT by_retry FROM held)
-                 ORDER BY seq
-                OFFSET 0) AS o
-         WHERE NOT ($3::bool AND EXISTS (
-               SELECT FROM outboxes r
-                WHERE md5(outbox_key(r.topic, r.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND r.seq < o.seq
-                  AND r.published_at IS NULL AND r.dead_at IS NULL AND isfinite(r.next_attempt_at) IS NOT NULL
-                  AND coalesce(r.next_attempt_at > now()
-                               AND r.next_attempt_at <= now() + $5::bigint * interval '1 ms', false)))
-           AND NOT ((SELECT by_dead FROM held) AND EXISTS (
-               SELECT FROM outboxes d
-                WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
-                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL AND d.discarded_at IS NULL))
-         ORDER BY o.seq
-         LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1))
-       UNION ALL
-       (SELECT *
-          FROM outboxes o
-         WHERE outbox_lane(o.topic, o.metadata) = l.lane
-           AND o.published_at IS NULL AND o.dead_at IS NULL AND o.next_attempt_at IS NULL AND o.seq > l.cursor
-           AND NOT ($3::bool AND (SELECT by_retry FROM held) AND EXISTS (
-               SELECT FROM outboxes r
-                WHERE md5(outbox_key(r.topic, r.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND r.seq < o.seq
-                  AND r.published_at IS NULL AND r.dead_at IS NULL AND isfinite(r.next_attempt_at) IS NOT NULL))
-           AND NOT ((SELECT by_dead FROM held) AND EXISTS (
-               SELECT FROM outboxes d
-                WHERE md5(outbox_key(d.topic, d.metadata)) = md5(outbox_key(o.topic, o.metadata)) AND d.seq < o.seq
-                  AND d.published_at IS NULL AND d.dead_at IS NOT NULL AND d.discarded_at IS NULL))
-         ORDER BY o.seq
-         LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1))
-       LIMIT ($2::int + cardinality($1) - l.turn) / cardinality($1)
-       ) AS picked) AS sized) AS e
- WHERE e.stored_so_far - e.stored <= $6::bigint / cardinality($1) OR e.place <= 2
-OFFSET 0) AS printed) AS judged
-OFFSET 0) AS texts) AS counted
- WHERE bytes_so_far - bytes <= $6::bigint OR place <= 2
