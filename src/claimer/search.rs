@@ -1,0 +1,323 @@
+//! What the claimer knows of the lanes, and when it learnt it: which have something, which are claimed, how far each is
+//! settled, and what to look at next.
+//!
+//! Plain data and decisions; the claimer's thread alone has it, and asks the database for it.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::REST_MIN;
+use crate::cursors::{self, Basis, Cursors};
+use crate::store::{Found, LANES, ServerLife};
+use crate::worker::{Finished, Job};
+
+/// Time between two readings of the horizon while claims are made.
+const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
+/// Time between two looks while lanes with events are known: how long a lane may wait to be found behind them.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Shortest and longest rest while claims are under way; it doubles while nothing is found. Should the instance that
+/// has them die, its lanes are found after the longest at the latest.
+const NAP: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
+/// Time between two looks from the beginning, which may cost more than others.
+pub(super) const REWIND_INTERVAL: Duration = Duration::from_secs(1);
+/// How much larger each next claim is of a lane in which one has failed.
+const CARE_GROWTH: i32 = 4;
+
+/// What the claimer knows of the lanes, and when it learnt it.
+pub(super) struct Search {
+    pub(super) cursors: Cursors,
+    pub(super) care: Care,
+    /// The life of the server that the cursors belong to.
+    pub(super) server: ServerLife,
+    /// Lanes that have something and that no worker of ours has; the one that waits longest comes first.
+    pub(super) ready: VecDeque<i32>,
+    /// Lanes that a worker of ours has.
+    claimed: [bool; cursors::LANES],
+    /// Workers that wait for a claim.
+    pub(super) idle_workers: usize,
+    /// What the claims of the other workers hold.
+    bytes_in_flight: usize,
+    /// The last nap.
+    nap: Duration,
+    /// Since when there was always something to claim.
+    pub(super) awake_since: Option<Instant>,
+    /// Where the next look begins.
+    first_lane: i32,
+    looked_at: Option<Instant>,
+    horizon_at: Option<Instant>,
+    rewound_at: Instant,
+    /// Claims were made since the last look from the beginning.
+    pub(super) claimed_since_rewind: bool,
+    /// Claims were made since the last reading of the horizon.
+    claimed_since_horizon: bool,
+    /// It was said that cursors cannot be had.
+    without_cursors: bool,
+}
+
+impl Search {
+    pub(super) fn new(now: Instant) -> Search {
+        Search {
+            cursors: Cursors::default(),
+            care: Care::default(),
+            server: ServerLife::default(),
+            ready: VecDeque::new(),
+            claimed: [false; cursors::LANES],
+            idle_workers: 0,
+            bytes_in_flight: 0,
+            nap: Duration::ZERO,
+            awake_since: None,
+            first_lane: fastrand::i32(0..LANES),
+            looked_at: None,
+            horizon_at: None,
+            rewound_at: now,
+            claimed_since_rewind: false,
+            claimed_since_horizon: false,
+            without_cursors: false,
+        }
+    }
+
+    /// A worker is free.
+    pub(super) fn finished(&mut self, finished: &Finished) {
+        self.idle_workers += 1;
+        self.bytes_in_flight = self.bytes_in_flight.saturating_sub(finished.bytes);
+        if finished.database_failed {
+            self.forget();
+        }
+        let Some(basis) = finished.basis else { return };
+        for end in &finished.lanes {
+            self.set_claimed(end.lane, false);
+            self.cursors.advance(basis, end.lane, end.reach);
+            if end.more {
+                self.ready.push_back(end.lane);
+            }
+        }
+    }
+
+    /// A connection was lost, or the server is another: nothing that is known holds.
+    pub(super) fn forget(&mut self) {
+        self.cursors.clear();
+        self.ready.clear();
+        self.looked_at = None;
+        self.horizon_at = None;
+    }
+
+    /// Begins at the beginning of every lane if that was not done for `interval`; returns whether it does.
+    pub(super) fn rewind_after(&mut self, interval: Duration, now: Instant) -> bool {
+        let due = now.saturating_duration_since(self.rewound_at) >= interval;
+        if due {
+            self.cursors.rewind();
+            self.rewound_at = now;
+            self.claimed_since_rewind = false;
+        }
+        due
+    }
+
+    /// Time until a look from the beginning may be made, if one should be made before a long rest.
+    pub(super) fn next_rewind(&self, now: Instant) -> Option<Duration> {
+        let rest = REWIND_INTERVAL.saturating_sub(now.saturating_duration_since(self.rewound_at));
+        self.claimed_since_rewind.then_some(rest.max(REST_MIN))
+    }
+
+    /// Events can appear below any bound, so every read begins at the beginning.
+    pub(super) fn go_without_cursors(&mut self) {
+        self.cursors.clear();
+        if !std::mem::replace(&mut self.without_cursors, true) {
+            log::warn!(
+                "claims read every lane from its beginning, which is slow: outboxes.seq must have a sequence of its own with CACHE 1"
+            );
+        }
+    }
+
+    pub(super) fn horizon_is_due(&mut self, now: Instant) -> bool {
+        let long_ago = |at: Instant| now.saturating_duration_since(at) >= HORIZON_INTERVAL;
+        let due = self.claimed_since_horizon && self.horizon_at.is_none_or(long_ago);
+        if due {
+            self.horizon_at = Some(now);
+            self.claimed_since_horizon = false;
+        }
+        due
+    }
+
+    pub(super) fn look_is_due(&mut self, now: Instant) -> bool {
+        let long_ago = |at: Instant| now.saturating_duration_since(at) >= LOOK_INTERVAL;
+        let due = self.ready.is_empty() || self.looked_at.is_none_or(long_ago);
+        if due {
+            self.looked_at = Some(now);
+        }
+        due
+    }
+
+    /// The lanes to look into: those that are not ours now, beginning each time with another one.
+    pub(super) fn unclaimed(&mut self) -> Vec<i32> {
+        self.first_lane = (self.first_lane + 1) % LANES;
+        let from = self.first_lane;
+        (from..from + LANES).map(|lane| lane % LANES).filter(|&lane| !self.is_claimed(lane)).collect()
+    }
+
+    /// Takes in a look that began with `basis`.
+    pub(super) fn found(&mut self, basis: Basis, found: &[Found]) {
+        for lane in found {
+            if lane.settled {
+                self.cursors.advance(basis, lane.lane, i64::MAX);
+            }
+            if lane.claimable && !self.ready.contains(&lane.lane) {
+                self.ready.push_back(lane.lane);
+            }
+        }
+    }
+
+    /// Takes the share of one free worker from the lanes that are ready.
+    pub(super) fn take_share(&mut self) -> Vec<i32> {
+        let share = self.ready.len().div_ceil(self.idle_workers.max(1));
+        let share = self.care.alike(self.ready.iter().copied().take(share));
+        self.ready.drain(..share).collect()
+    }
+
+    /// Of the lanes that were `tried`, a claim of `max_events` could not take more than that many; the others are
+    /// still to be tried. (Those that it tried and did not get are somebody else's.)
+    pub(super) fn put_back(&mut self, tried: &[i32], got: &[i32], max_events: i32) {
+        if usize::try_from(max_events).is_ok_and(|max| got.len() >= max) {
+            for lane in tried.iter().rev().filter(|lane| !got.contains(lane)) {
+                self.ready.push_front(*lane);
+            }
+        }
+    }
+
+    /// A claim of these lanes went to a worker; returns for how long there was always something to claim.
+    pub(super) fn sent(&mut self, job: &Job, now: Instant) -> Duration {
+        self.idle_workers = self.idle_workers.saturating_sub(1);
+        self.claimed_since_rewind = true;
+        self.claimed_since_horizon = true;
+        self.bytes_in_flight += job.bytes;
+        for &lane in &job.claim.lanes {
+            self.set_claimed(lane, true);
+        }
+        self.nap = Duration::ZERO;
+        now.saturating_duration_since(*self.awake_since.get_or_insert(now))
+    }
+
+    /// True while claims hold so much that one more could be too much: one of them is of a single large event.
+    pub(super) fn has_no_room(&self, max_bytes: usize, claim_bytes: usize) -> bool {
+        self.bytes_in_flight > 0 && self.bytes_in_flight.saturating_add(claim_bytes) > max_bytes
+    }
+
+    /// The next nap, while claims are under way.
+    pub(super) fn nap(&mut self) -> Duration {
+        self.nap = (self.nap * 2).clamp(NAP.0, NAP.1);
+        self.nap
+    }
+
+    pub(super) fn has_claims(&self) -> bool {
+        self.claimed.contains(&true)
+    }
+
+    fn is_claimed(&self, lane: i32) -> bool {
+        usize::try_from(lane).ok().and_then(|lane| self.claimed.get(lane)).copied().unwrap_or(false)
+    }
+
+    fn set_claimed(&mut self, lane: i32, claimed: bool) {
+        if let Some(slot) = usize::try_from(lane).ok().and_then(|lane| self.claimed.get_mut(lane)) {
+            *slot = claimed;
+        }
+    }
+}
+
+/// Lanes in which a claim has failed: one of their events may be at fault. Such a lane is claimed alone, at first one
+/// event and then, while it works, more and more; so the event at fault comes to be read alone.
+pub(super) struct Care {
+    /// By lane: events that a claim of it may have; `None` where there is no cause for care.
+    limits: [Option<i32>; cursors::LANES],
+}
+
+impl Default for Care {
+    fn default() -> Care {
+        Care { limits: [None; cursors::LANES] }
+    }
+}
+
+impl Care {
+    /// How many of these lanes, from the first one on, make one claim: one that needs care makes it alone.
+    fn alike(&self, lanes: impl Iterator<Item = i32>) -> usize {
+        let mut lanes = lanes.peekable();
+        match lanes.peek() {
+            Some(&first) if self.limit_of(first).is_some() => 1,
+            _ => lanes.take_while(|&lane| self.limit_of(lane).is_none()).count(),
+        }
+    }
+
+    /// How many events a claim of `lanes` may have, which is `batch` unless care is needed.
+    pub(super) fn limit(&self, lanes: &[i32], batch: i32) -> i32 {
+        lanes.iter().filter_map(|&lane| self.limit_of(lane)).min().unwrap_or(batch).min(batch)
+    }
+
+    pub(super) fn failed(&mut self, lanes: &[i32]) {
+        for &lane in lanes {
+            self.set(lane, Some(1));
+        }
+    }
+
+    pub(super) fn worked(&mut self, lanes: &[i32], batch: i32) {
+        for &lane in lanes {
+            if let Some(limit) = self.limit_of(lane) {
+                let limit = limit.saturating_mul(CARE_GROWTH);
+                self.set(lane, (limit < batch).then_some(limit));
+            }
+        }
+    }
+
+    fn limit_of(&self, lane: i32) -> Option<i32> {
+        usize::try_from(lane).ok().and_then(|lane| self.limits.get(lane)).copied().flatten()
+    }
+
+    fn set(&mut self, lane: i32, limit: Option<i32>) {
+        if let Some(slot) = usize::try_from(lane).ok().and_then(|lane| self.limits.get_mut(lane)) {
+            *slot = limit;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a claim of what is ready would be: how many lanes, and how many events of them.
+    fn next(care: &Care, ready: &[i32]) -> (usize, i32) {
+        let share = care.alike(ready.iter().copied());
+        (share, care.limit(&ready[..share], 100))
+    }
+
+    #[test]
+    fn a_lane_in_which_a_claim_failed_is_claimed_alone_and_with_care() {
+        let mut care = Care::default();
+        assert_eq!(next(&care, &[1, 2, 3]), (3, 100));
+        assert_eq!(next(&care, &[]), (0, 100));
+        care.failed(&[2]);
+        assert_eq!(next(&care, &[1, 2, 3]), (1, 100), "the lanes before it go without it");
+        assert_eq!(next(&care, &[2, 3]), (1, 1));
+        for limit in [4, 16, 64] {
+            care.worked(&[1, 2], 100);
+            assert_eq!(next(&care, &[2, 3]), (1, limit));
+        }
+        care.failed(&[2]);
+        assert_eq!(next(&care, &[2]), (1, 1));
+        for _ in 0..4 {
+            care.worked(&[2], 100);
+        }
+        assert_eq!(next(&care, &[1, 2, 3]), (3, 100), "what works is trusted again");
+        care.failed(&[3]);
+        care.worked(&[3], 1);
+        assert_eq!(next(&care, &[3]), (1, 100), "a batch of one needs no care beyond that");
+    }
+
+    #[test]
+    fn one_large_event_leaves_no_room_and_shares_always_do() {
+        let mut search = Search::new(Instant::now());
+        assert!(!search.has_no_room(64, 16), "with nothing in flight there is always room");
+        for (in_flight, full) in [(16, false), (48, false), (49, true), (1_000, true)] {
+            search.bytes_in_flight = in_flight;
+            assert_eq!(search.has_no_room(64, 16), full, "{in_flight}");
+        }
+        search.finished(&Finished { bytes: 1_000, ..Finished::default() });
+        assert!(!search.has_no_room(64, 16));
+    }
+}
