@@ -24,18 +24,18 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::claimer::Claimer;
 use crate::config::{Changes, Config, OnDead};
-use crate::health::Health;
+use crate::health::{Health, Heartbeat};
 use crate::http::Http;
 use crate::janitor::Janitor;
 use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Unanswered, Unsettled};
-use crate::publisher::Publisher;
+use crate::publisher::{Keeper, Publisher};
 use crate::recent::Waiting;
 use crate::store::{ClaimSettings, Store, UPKEEP_STEP};
 use crate::upkeep::Upkeep;
 use crate::wakeup::{Doze, Sleeper, Wakeup};
-use crate::worker::{DrainCount, Worker};
+use crate::worker::{DrainCount, Finished, Job, Worker};
 
 /// The running service.
 ///
@@ -100,148 +100,35 @@ impl Service {
     /// # Errors
     /// When the DSN cannot be read, the HTTP port cannot be bound, or a thread cannot be started.
     pub fn start(config: Config) -> Result<Service> {
-        let health = Health::default();
-        let metrics = Metrics::new();
-        let Config { dispatcher, ordering, database, nats, metrics: http, partitions: _, logging: _ } =
-            config.clone();
-        let live = Live::new(Settings::of(&config));
-        let workers = dispatcher.workers;
-        let max_claim_bytes = dispatcher.max_in_flight_bytes / workers;
-        // Between two beats a thread may also wait for a connection, and once more right after.
-        let stuck = config.longest_claim() + 2 * database.connect_timeout + dispatcher.stuck_after;
-        let store = Store::new(
-            &database,
-            &dispatcher.instance_id,
-            ClaimSettings {
-                synchronous_commit: database.synchronous_commit,
-                idle_in_transaction_timeout: config.idle_in_transaction_timeout(),
-                ordered: ordering.enabled,
-                block_on_dead: ordering.on_dead == OnDead::Block,
-                backoff_max: dispatcher.backoff_max,
-                max_claim_bytes: i64::try_from(max_claim_bytes).unwrap_or(i64::MAX),
-            },
-        )?;
-        let waiting = Waiting::default();
-        let http = if http.enabled {
-            let (health, metrics) = (health.clone(), metrics.clone());
-            Some(Http::bind(&http, &dispatcher.instance_id, health, metrics, waiting.clone())?)
-        } else {
-            None
-        };
-        let (stop, stopped) = bounded(0);
+        let parts = Parts::new(&config)?;
         let (stop_http, http_stopped) = bounded(0);
-        let (working, workers_done) = bounded::<Infallible>(0);
-        let (jobs, jobs_to_do) = bounded(workers);
-        let (free, freed) = bounded(workers);
-        let doze = Doze::default();
-        let draining = Arc::new(AtomicBool::new(false));
-        let drain = Arc::new(DrainCount::default());
-        let failed_settles = Arc::new(AtomicU32::new(0));
-        let (publisher, keeper) =
-            Publisher::new(nats.clone(), &dispatcher.instance_id, workers, health.clone(), metrics.clone());
-        let publish = Arc::new(Publish {
-            publisher: publisher.clone(),
-            live: live.clone(),
-            ordered: ordering.enabled,
-            jetstream: nats.jetstream.enabled,
-            stream: nats.jetstream.stream_name,
-            batches: nats.jetstream.atomic_batches,
-            ack_timeout: nats.ack_timeout,
-            workers,
-            draining: draining.clone(),
-            unanswered: Unanswered::default(),
-            unsettled: Unsettled::default(),
-            metrics: metrics.clone(),
-        });
-
+        let (stop, stopped) = bounded(0);
         let mut threads = Threads::default();
-        if let Some(http) = http {
-            threads.spawn("http", move || http.run(&http_stopped))?;
+        let waiting = Waiting::default();
+        parts.start_http(&mut threads, &waiting, http_stopped)?;
+        let (publisher, keeper) = parts.publisher();
+        parts.start_keeper(&mut threads, keeper, &stopped)?;
+        let (jobs, jobs_to_do) = bounded(config.dispatcher.workers);
+        let (free, freed) = bounded(config.dispatcher.workers);
+        let publish = Arc::new(parts.publish(publisher.clone()));
+        let workers_done = parts.start_workers(&mut threads, &publish, &jobs_to_do, &free)?;
+        if config.database.listen {
+            parts.start_wakeups(&mut threads, &stopped)?;
         }
-        let stop_keeper = stopped.clone();
-        let (keeper_live, sent_again_within) = (live.clone(), config.sent_again_within());
-        threads.spawn("nats", move || keeper.run(&keeper_live, sent_again_within, &stop_keeper))?;
-        for slot in 0..workers {
-            let name = format!("worker-{slot}");
-            let worker = Worker {
-                slot,
-                jobs: jobs_to_do.clone(),
-                free: free.clone(),
-                publish: publish.clone(),
-                claim_budget: dispatcher.claim_budget,
-                drain: drain.clone(),
-                failed_settles: failed_settles.clone(),
-                heartbeat: health.thread(&name, stuck),
-                metrics: metrics.clone(),
-            };
-            let working = working.clone();
-            threads.spawn(&name, move || {
-                let _working = working;
-                worker.run()
-            })?;
-        }
-        drop(working);
-        if database.listen {
-            let (locks, new_locks) = bounded(1);
-            let wakeup = Wakeup {
-                store: store.clone(),
-                dsn: database.listen_dsn,
-                doze: doze.clone(),
-                locks,
-                heartbeat: health.thread("wake-up", stuck),
-            };
-            let sleeper = Sleeper {
-                locks: new_locks,
-                doze: doze.clone(),
-                heartbeat: health.thread("sleep-lock", stuck),
-            };
-            let (stop, stop_sleeper) = (stopped.clone(), stopped.clone());
-            threads.spawn("wake-up", move || wakeup.run(&stop))?;
-            threads.spawn("sleep-lock", move || sleeper.run(&stop_sleeper))?;
-        }
-        let janitor = Janitor {
-            store: store.clone(),
-            heartbeat: health.thread("janitor", stuck),
-            metrics: metrics.clone(),
-            waiting,
-        };
-        let stop_janitor = stopped.clone();
-        threads.spawn("janitor", move || janitor.run(&stop_janitor))?;
-        let upkeep = Upkeep {
-            store: store.clone(),
-            live: live.clone(),
-            heartbeat: health.thread("upkeep", stuck + UPKEEP_STEP),
-            metrics: metrics.clone(),
-        };
-        let stop_upkeep = stopped.clone();
-        threads.spawn("upkeep", move || upkeep.run(&stop_upkeep))?;
-        let service_store = store.clone();
-        let claimer = Claimer {
-            store,
-            publisher,
-            jobs,
-            free: freed,
-            doze,
-            failed_settles,
-            live: live.clone(),
-            max_in_flight_bytes: dispatcher.max_in_flight_bytes,
-            max_claim_bytes,
-            poll_interval: dispatcher.poll_interval,
-            fallback_interval: dispatcher.fallback_interval,
-            health: health.clone(),
-            heartbeat: health.thread("claimer", stuck),
-            metrics: metrics.clone(),
-        };
+        parts.start_upkeep(&mut threads, waiting, &stopped)?;
+        let claimer = parts.claimer(publisher, jobs, freed);
         threads.spawn("claimer", move || claimer.run(&stopped))?;
+        let Parts { live, store, health, metrics, draining, drain, .. } = parts;
+        let shutdown_grace = config.dispatcher.shutdown_grace;
         Ok(Service {
             config,
             live,
-            store: service_store,
+            store,
             health,
             metrics,
             draining,
             drain,
-            shutdown_grace: dispatcher.shutdown_grace,
+            shutdown_grace,
             stop,
             stop_http,
             workers_done,
@@ -292,6 +179,196 @@ impl Service {
             released: self.drain.released.load(Ordering::Relaxed),
             took: started.elapsed(),
             cut_off,
+        }
+    }
+}
+
+/// What the threads have in common while they are started.
+struct Parts<'a> {
+    config: &'a Config,
+    live: Live,
+    store: Store,
+    health: Health,
+    metrics: Metrics,
+    doze: Doze,
+    draining: Arc<AtomicBool>,
+    drain: Arc<DrainCount>,
+    failed_settles: Arc<AtomicU32>,
+    /// Bytes of events that one claim may hold.
+    max_claim_bytes: usize,
+    /// After so long without a beat a thread counts as stuck.
+    stuck: Duration,
+}
+
+impl<'a> Parts<'a> {
+    fn new(config: &'a Config) -> Result<Parts<'a>> {
+        let Config { dispatcher, ordering, database, .. } = config;
+        let max_claim_bytes = dispatcher.max_in_flight_bytes / dispatcher.workers;
+        let settings = ClaimSettings {
+            synchronous_commit: database.synchronous_commit,
+            idle_in_transaction_timeout: config.idle_in_transaction_timeout(),
+            ordered: ordering.enabled,
+            block_on_dead: ordering.on_dead == OnDead::Block,
+            backoff_max: dispatcher.backoff_max,
+            max_claim_bytes: i64::try_from(max_claim_bytes).unwrap_or(i64::MAX),
+        };
+        Ok(Parts {
+            config,
+            live: Live::new(Settings::of(config)),
+            store: Store::new(database, &dispatcher.instance_id, settings)?,
+            health: Health::default(),
+            metrics: Metrics::new(),
+            doze: Doze::default(),
+            draining: Arc::default(),
+            drain: Arc::default(),
+            failed_settles: Arc::default(),
+            max_claim_bytes,
+            // Between two beats a thread may also wait for a connection, and once more right after.
+            stuck: config.longest_claim() + 2 * database.connect_timeout + dispatcher.stuck_after,
+        })
+    }
+
+    fn heartbeat(&self, thread: &str) -> Heartbeat {
+        self.health.thread(thread, self.stuck)
+    }
+
+    fn start_http(
+        &self,
+        threads: &mut Threads,
+        waiting: &Waiting,
+        stopped: Receiver<Infallible>,
+    ) -> Result<()> {
+        let Config { metrics: http, dispatcher, .. } = self.config;
+        if !http.enabled {
+            return Ok(());
+        }
+        let (health, metrics) = (self.health.clone(), self.metrics.clone());
+        let http = Http::bind(http, &dispatcher.instance_id, health, metrics, waiting.clone())?;
+        threads.spawn("http", move || http.run(&stopped))
+    }
+
+    fn publisher(&self) -> (Publisher, Keeper) {
+        let Config { nats, dispatcher, .. } = self.config;
+        let (health, metrics) = (self.health.clone(), self.metrics.clone());
+        Publisher::new(nats.clone(), &dispatcher.instance_id, dispatcher.workers, health, metrics)
+    }
+
+    fn start_keeper(
+        &self,
+        threads: &mut Threads,
+        keeper: Keeper,
+        stopped: &Receiver<Infallible>,
+    ) -> Result<()> {
+        let (live, sent_again_within) = (self.live.clone(), self.config.sent_again_within());
+        let stopped = stopped.clone();
+        threads.spawn("nats", move || keeper.run(&live, sent_again_within, &stopped))
+    }
+
+    fn publish(&self, publisher: Publisher) -> Publish {
+        let Config { nats, ordering, dispatcher, .. } = self.config;
+        Publish {
+            publisher,
+            live: self.live.clone(),
+            ordered: ordering.enabled,
+            jetstream: nats.jetstream.enabled,
+            stream: nats.jetstream.stream_name.clone(),
+            batches: nats.jetstream.atomic_batches,
+            ack_timeout: nats.ack_timeout,
+            workers: dispatcher.workers,
+            draining: self.draining.clone(),
+            unanswered: Unanswered::default(),
+            unsettled: Unsettled::default(),
+            metrics: self.metrics.clone(),
+        }
+    }
+
+    /// Returns what disconnects when every worker has ended.
+    fn start_workers(
+        &self,
+        threads: &mut Threads,
+        publish: &Arc<Publish>,
+        jobs: &Receiver<Job>,
+        free: &Sender<Finished>,
+    ) -> Result<Receiver<Infallible>> {
+        let (working, done) = bounded(0);
+        for slot in 0..self.config.dispatcher.workers {
+            let name = format!("worker-{slot}");
+            let worker = Worker {
+                slot,
+                jobs: jobs.clone(),
+                free: free.clone(),
+                publish: publish.clone(),
+                claim_budget: self.config.dispatcher.claim_budget,
+                drain: self.drain.clone(),
+                failed_settles: self.failed_settles.clone(),
+                heartbeat: self.heartbeat(&name),
+                metrics: self.metrics.clone(),
+            };
+            let working: Sender<Infallible> = working.clone();
+            threads.spawn(&name, move || {
+                let _working = working;
+                worker.run()
+            })?;
+        }
+        Ok(done)
+    }
+
+    fn start_wakeups(&self, threads: &mut Threads, stopped: &Receiver<Infallible>) -> Result<()> {
+        let (locks, new_locks) = bounded(1);
+        let wakeup = Wakeup {
+            store: self.store.clone(),
+            dsn: self.config.database.listen_dsn.clone(),
+            doze: self.doze.clone(),
+            locks,
+            heartbeat: self.heartbeat("wake-up"),
+        };
+        let sleeper =
+            Sleeper { locks: new_locks, doze: self.doze.clone(), heartbeat: self.heartbeat("sleep-lock") };
+        let (stop_wakeup, stop_sleeper) = (stopped.clone(), stopped.clone());
+        threads.spawn("wake-up", move || wakeup.run(&stop_wakeup))?;
+        threads.spawn("sleep-lock", move || sleeper.run(&stop_sleeper))
+    }
+
+    fn start_upkeep(
+        &self,
+        threads: &mut Threads,
+        waiting: Waiting,
+        stopped: &Receiver<Infallible>,
+    ) -> Result<()> {
+        let janitor = Janitor {
+            store: self.store.clone(),
+            heartbeat: self.heartbeat("janitor"),
+            metrics: self.metrics.clone(),
+            waiting,
+        };
+        let upkeep = Upkeep {
+            store: self.store.clone(),
+            live: self.live.clone(),
+            heartbeat: self.health.thread("upkeep", self.stuck + UPKEEP_STEP),
+            metrics: self.metrics.clone(),
+        };
+        let (stop_janitor, stop_upkeep) = (stopped.clone(), stopped.clone());
+        threads.spawn("janitor", move || janitor.run(&stop_janitor))?;
+        threads.spawn("upkeep", move || upkeep.run(&stop_upkeep))
+    }
+
+    fn claimer(&self, publisher: Publisher, jobs: Sender<Job>, free: Receiver<Finished>) -> Claimer {
+        let dispatcher = &self.config.dispatcher;
+        Claimer {
+            store: self.store.clone(),
+            publisher,
+            jobs,
+            free,
+            doze: self.doze.clone(),
+            failed_settles: self.failed_settles.clone(),
+            live: self.live.clone(),
+            max_in_flight_bytes: dispatcher.max_in_flight_bytes,
+            max_claim_bytes: self.max_claim_bytes,
+            poll_interval: dispatcher.poll_interval,
+            fallback_interval: dispatcher.fallback_interval,
+            health: self.health.clone(),
+            heartbeat: self.heartbeat("claimer"),
+            metrics: self.metrics.clone(),
         }
     }
 }
