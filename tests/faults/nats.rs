@@ -11,6 +11,8 @@ use super::super::harness::{Cluster, TestStream, database, wait_until};
 use super::{Run, Stage};
 
 const LIMIT: Duration = Duration::from_secs(120);
+/// A stream that gets no message for so long from a paused instance gets none any more.
+const STILL: Duration = Duration::from_millis(300);
 
 /// SIGTERM and a start with what was stored, several times.
 pub fn stops(run: &mut Run) {
@@ -114,9 +116,18 @@ pub fn the_stream_is_full(run: &mut Run) {
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         for _ in 0..run.pick(1, 3) {
+            // Nothing may be stored between the count and the limit: the server would make room by deleting.
+            let instance = &stage.instances[0];
+            instance.pause();
+            let mut before = None;
+            wait_until("nothing is under way", LIMIT, &[stage], || {
+                thread::sleep(STILL);
+                let now = stage.stream.count();
+                before.replace(now) == Some(now)
+            });
             let full = json!({"discard": "new", "max_msgs": stage.stream.count() + run.rng.u64(1..=200)});
             stage.stream.update(&full);
-            let instance = &stage.instances[0];
+            instance.resume();
             wait_until("it says that there is no room", LIMIT, &[stage], || {
                 instance.get("/ready").1.contains("maximum messages")
             });
