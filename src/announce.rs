@@ -17,7 +17,7 @@ use crate::boottime::Boottime;
 use crate::event::{Event, Outcome};
 use crate::headers::Death;
 use crate::live::Settings;
-use crate::publisher::{Heard, NotSent, Outgoing, Session};
+use crate::publisher::{NoFence, NotSent, Outgoing, Session};
 
 /// Longest wait for the server: what a claim may take beyond its own waits, before the database gives it up.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -84,35 +84,20 @@ fn message(
 
 /// Sends them all, and a fence behind them.
 fn send(session: &Session, messages: Vec<Outgoing>, subject: &str) -> Result<(), String> {
-    let not_sent = |reason| match reason {
-        NotSent::Stuck => "the server takes nothing from us".to_owned(),
-        NotSent::Down(cause) => cause,
-    };
     let deadline = Instant::now() + PATIENCE;
     let not_after = Boottime::now().plus(PATIENCE);
     for message in messages {
-        session.publish_part(message, not_after, deadline).map_err(not_sent)?;
+        session.publish_part(message, not_after, deadline).map_err(NotSent::cause)?;
     }
-    let fence = session.echo(deadline).map_err(not_sent)?;
-    let mut wait = deadline;
-    let mut echoed = false;
-    loop {
-        match session.hear(wait) {
-            // A denial is told before the echo, on another channel: take what is there, then be done.
-            Heard::Echo(token) if token == fence => {
-                echoed = true;
-                wait = Instant::now();
-            }
-            Heard::Denied(denied) if denied == subject => {
-                log::error!(
-                    "dead letters not announced: permission denied to publish to {subject}: allow it for this NATS \
-                     user, or change nats.dead_letter_subject"
-                );
-            }
-            Heard::Down(cause) => return Err(cause),
-            Heard::Silence if echoed => return Ok(()),
-            Heard::Silence => return Err(format!("no fence within {}s", PATIENCE.as_secs())),
-            Heard::Echo(_) | Heard::Answer(..) | Heard::Stream(..) | Heard::Denied(_) => {}
-        }
+    let denied = session.fence(deadline).map_err(|no_fence| match no_fence {
+        NoFence::Silence => format!("no fence within {}s", PATIENCE.as_secs()),
+        NoFence::Lost(cause) => cause,
+    })?;
+    if denied.iter().any(|denied| denied == subject) {
+        log::error!(
+            "dead letters not announced: permission denied to publish to {subject}: allow it for this NATS user, or \
+             change nats.dead_letter_subject"
+        );
     }
+    Ok(())
 }

@@ -31,7 +31,7 @@ use crate::failpoint;
 use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::order::Order;
-use crate::publisher::{Heard, NotSent, Outgoing, ProbeFailure, Publisher, Session};
+use crate::publisher::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Session};
 use crate::retry::{self, Failure};
 use crate::topic_map;
 
@@ -358,8 +358,7 @@ impl<'a> Flight<'a> {
                     failpoint!("publish.sent");
                 }
             }
-            Err(NotSent::Stuck) => self.outage = Some("the server takes nothing from us".into()),
-            Err(NotSent::Down(cause)) => self.outage = Some(cause),
+            Err(not_sent) => self.outage = Some(not_sent.cause()),
         }
     }
 
@@ -670,12 +669,8 @@ impl<'a> Flight<'a> {
             {
                 let Some(message) = self.prepare(index) else { break };
                 let deadline = Instant::now() + self.publish.ack_timeout;
-                match self.session.publish(message, self.budget, deadline) {
-                    Ok(_) => {}
-                    Err(NotSent::Stuck) => self.outage = Some("the server takes nothing from us".into()),
-                    Err(NotSent::Down(cause)) => self.outage = Some(cause),
-                }
-                if self.outage.is_some() {
+                if let Err(not_sent) = self.session.publish(message, self.budget, deadline) {
+                    self.outage = Some(not_sent.cause());
                     return round;
                 }
                 run.push(index);
@@ -692,32 +687,14 @@ impl<'a> Flight<'a> {
     /// Waits until the server has processed all that was sent; returns the subjects that it denied.
     fn fence(&mut self) -> Result<Vec<String>, String> {
         let deadline = Instant::now() + self.publish.ack_timeout;
-        let token = match self.session.echo(deadline) {
-            Ok(token) => token,
-            Err(NotSent::Stuck) => return Err("the server takes nothing from us".into()),
-            Err(NotSent::Down(cause)) => return Err(cause),
-        };
-        let mut denied = Vec::new();
-        let mut wait = deadline;
-        let mut echoed = false;
-        loop {
-            match self.session.hear(wait) {
-                Heard::Echo(heard) if heard == token => {
-                    // A denial is told before the echo, on another channel: take what is there, then be done.
-                    echoed = true;
-                    wait = Instant::now();
-                }
-                Heard::Denied(subject) => denied.push(subject),
-                Heard::Down(cause) => return Err(cause),
-                Heard::Silence if echoed => return Ok(denied),
-                Heard::Silence => {
-                    let cause = format!("no fence within {}s", self.publish.ack_timeout.as_secs_f64());
-                    self.publish.publisher.abandon(self.session, &cause, 0);
-                    return Err(cause);
-                }
-                Heard::Echo(_) | Heard::Answer(..) | Heard::Stream(..) => {}
+        self.session.fence(deadline).map_err(|no_fence| match no_fence {
+            NoFence::Silence => {
+                let cause = format!("no fence within {}s", self.publish.ack_timeout.as_secs_f64());
+                self.publish.publisher.abandon(self.session, &cause, 0);
+                cause
             }
-        }
+            NoFence::Lost(cause) => cause,
+        })
     }
 
     fn settle_round(&mut self, round: &[Vec<usize>], denied: &[String]) {

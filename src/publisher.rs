@@ -22,7 +22,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 pub use self::keeper::{Keeper, Survey};
 use self::link::Link;
-pub use self::session::{Heard, NotSent, Outgoing, ProbeFailure, Session};
+pub use self::session::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Session};
 use crate::answer::{Answer, StreamFacts};
 use crate::config;
 use crate::health::Health;

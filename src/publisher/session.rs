@@ -54,6 +54,25 @@ pub enum NotSent {
     Down(String),
 }
 
+impl NotSent {
+    /// The cause, for the log and `/ready`.
+    pub fn cause(self) -> String {
+        match self {
+            NotSent::Stuck => "the server takes nothing from us".into(),
+            NotSent::Down(cause) => cause,
+        }
+    }
+}
+
+/// Why a fence does not stand.
+#[derive(Debug)]
+pub enum NoFence {
+    /// It did not come back in time: whether the server has stalled, nobody knows.
+    Silence,
+    /// The link is gone or takes nothing, and why.
+    Lost(String),
+}
+
 /// Why a probe failed.
 #[derive(Debug)]
 pub enum ProbeFailure {
@@ -156,6 +175,32 @@ impl Session {
         )?;
         self.hand_over(deadline)?;
         Ok(token)
+    }
+
+    /// Waits until the server has processed everything that this link sent before; returns the subjects that it denied
+    /// meanwhile. Answers to publishes are dropped.
+    ///
+    /// # Errors
+    /// See [`NoFence`].
+    pub fn fence(&self, deadline: Instant) -> Result<Vec<String>, NoFence> {
+        let fence = self.echo(deadline).map_err(|not_sent| NoFence::Lost(not_sent.cause()))?;
+        let mut denied = Vec::new();
+        let mut wait = deadline;
+        let mut echoed = false;
+        loop {
+            match self.hear(wait) {
+                Heard::Echo(token) if token == fence => {
+                    // A denial is told before the echo, on another channel: take what is there, then be done.
+                    echoed = true;
+                    wait = Instant::now();
+                }
+                Heard::Denied(subject) => denied.push(subject),
+                Heard::Down(cause) => return Err(NoFence::Lost(cause)),
+                Heard::Silence if echoed => return Ok(denied),
+                Heard::Silence => return Err(NoFence::Silence),
+                Heard::Echo(_) | Heard::Answer(..) | Heard::Stream(..) => {}
+            }
+        }
     }
 
     /// Hands what is published to the writer.
@@ -271,10 +316,7 @@ impl Session {
         deadline: Instant,
         heard: &mut dyn FnMut(u64, Answer),
     ) -> Result<StreamFacts, ProbeFailure> {
-        let not_sent = |reason| match reason {
-            NotSent::Stuck => ProbeFailure::Link("the server takes nothing from us".into()),
-            NotSent::Down(cause) => ProbeFailure::Link(cause),
-        };
+        let not_sent = |reason: NotSent| ProbeFailure::Link(reason.cause());
         let mut facts = None;
         let mut asked = None;
         if self.jetstream.enabled {
