@@ -342,28 +342,24 @@ pub(super) fn stream_name(node: &Node) -> Result<String, String> {
 
 /// The first tokens of our inboxes.
 pub(super) fn inbox_prefix(node: &Node) -> Result<String, String> {
-    let prefix = text(node)?;
-    match topic_map::is_literal_subject(prefix) {
-        Ok(()) if !prefix.starts_with('$') => Ok(prefix.to_owned()),
-        Ok(()) => {
-            Err(format!("{} begins with what is NATS's own; allowed: such as _INBOX_outbox", shown(node)))
-        }
-        Err(why) => Err(format!("{} is not a subject: {why}; allowed: such as _INBOX_outbox", shown(node))),
-    }
+    subject_of_ours(node, &["$"], "_INBOX_outbox")
 }
 
 /// `nats.dead_letter_subject`.
 pub(super) fn dead_letter_subject(node: &Node) -> Result<Option<String>, String> {
+    subject_of_ours(node, &["$", "_INBOX."], "outbox.dead").map(Some)
+}
+
+/// A subject that is none of NATS's own, which begin with one of `reserved`.
+fn subject_of_ours(node: &Node, reserved: &[&str], example: &str) -> Result<String, String> {
     let subject = text(node)?;
-    match topic_map::is_literal_subject(subject) {
-        Ok(()) if !subject.starts_with('$') && !subject.starts_with("_INBOX.") => {
-            Ok(Some(subject.to_owned()))
-        }
-        Ok(()) => {
-            Err(format!("{} begins with what is NATS's own; allowed: such as outbox.dead", shown(node)))
-        }
-        Err(why) => Err(format!("{} is not a subject: {why}; allowed: such as outbox.dead", shown(node))),
+    let shown = shown(node);
+    topic_map::is_literal_subject(subject)
+        .map_err(|why| format!("{shown} is not a subject: {why}; allowed: such as {example}"))?;
+    if reserved.iter().any(|start| subject.starts_with(start)) {
+        return Err(format!("{shown} begins with what is NATS's own; allowed: such as {example}"));
     }
+    Ok(subject.to_owned())
 }
 
 /// A list of subjects, or one alone.
