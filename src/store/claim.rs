@@ -26,17 +26,18 @@ use crate::cursors;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 
-/// Longest `last_error` written, in characters; what is longer is cut.
-const LAST_ERROR_MAX_CHARS: usize = 2_000;
+/// The column of what is read that says whether something may hold events back.
+const HELD: usize = 10;
 
-const FIND_LANES: Query = query!("find_lanes", INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
+const FIND_LANES: Query =
+    query!("find_lanes": ["held", "find_lanes"], INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
 const READ_ANY: Query = query!(
-    "read_any": ["read_before", "read_any", "read_after"],
+    "read_any": ["held", "read_before", "read_any", "read_after"],
     INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8
 );
 const READ_FRESH: Query = query!(
-    "read_fresh": ["read_before", "read_fresh", "read_after", "read_held"],
+    "read_fresh": ["held", "read_before", "read_fresh", "read_after", "read_held"],
     INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8
 );
 const LEFT_OUT: Query = query!("left_out", INT4_ARRAY, INT8_ARRAY, INT8_ARRAY, INT8_ARRAY);
@@ -513,35 +514,6 @@ impl Rows {
     }
 }
 
-impl Connection {
-    /// An error text that PostgreSQL takes: a settle that it refuses would be tried for ever. It stores no NUL, and no
-    /// character that the database's encoding does not have.
-    pub(super) fn storable(&self, error: &str) -> String {
-        let width = if self.shared.narrow.load(Ordering::Relaxed) { Width::Ascii } else { Width::Any };
-        storable(error, width)
-    }
-}
-
-/// Which characters a database has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Width {
-    Any,
-    /// These at least.
-    Ascii,
-}
-
-fn storable(text: &str, width: Width) -> String {
-    let mut stored = String::with_capacity(text.len());
-    for c in text.chars().take(LAST_ERROR_MAX_CHARS) {
-        match width {
-            _ if c == '\0' => stored.push('?'),
-            Width::Ascii if !c.is_ascii() => stored.extend(c.escape_unicode()),
-            Width::Any | Width::Ascii => stored.push(c),
-        }
-    }
-    stored
-}
-
 /// Reads events, by the statement that suits what the last claim `held` back: the short one, which reads nothing and says
 /// so where something is in retry or holds its key, or the long one, which reads whatever there is. Within our locks it
 /// makes no difference when it is asked: what holds a key of our lanes is changed by nobody else meanwhile.
@@ -562,9 +534,6 @@ fn read_events(
     held.store(rows.first().map(holds).transpose()?.unwrap_or(true), Ordering::Relaxed);
     Ok(rows)
 }
-
-/// The column of what is read that says whether something may hold events back.
-const HELD: usize = 10;
 
 /// One row of what is read.
 struct ReadRow {
@@ -646,16 +615,4 @@ pub(super) fn begin_claim(settings: &ClaimSettings, home: &Home) -> String {
 
 fn usize_of(n: i32) -> usize {
     usize::try_from(n).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn error_texts_can_be_stored() {
-        assert_eq!(storable("a\0b", Width::Any), "a?b");
-        assert_eq!(storable("a\0ä中", Width::Ascii), "a?\\u{e4}\\u{4e2d}");
-        assert_eq!(storable(&"ä".repeat(5_000), Width::Any).chars().count(), LAST_ERROR_MAX_CHARS);
-    }
 }

@@ -10,12 +10,6 @@
 -- $1 int[]: lanes. $2 bigint[]: their cursors. $3 bool: events wait for earlier retries of their key. $4 bool: events
 -- wait for earlier dead letters of their key. $5 bigint: longest backoff in ms; a retry further off than that is due,
 -- as clocks jump.
-  WITH held AS MATERIALIZED (
-       SELECT EXISTS (SELECT FROM outboxes
-                       WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL) AS by_retry,
-              $4::bool AND EXISTS (SELECT FROM outboxes
-                                    WHERE published_at IS NULL AND dead_at IS NOT NULL
-                                      AND discarded_at IS NULL) AS by_dead)
 SELECT lane, claimable,
        CASE
            WHEN claimable THEN false

@@ -22,6 +22,9 @@ use super::{Shared, StoreError, sessions};
 /// Encodings that take any character of ours. (SQL_ASCII takes any bytes.)
 const WIDE_ENCODINGS: [&str; 2] = ["UTF8", "SQL_ASCII"];
 
+/// Longest `last_error` written, in characters; what is longer is cut.
+const LAST_ERROR_MAX_CHARS: usize = 2_000;
+
 /// A statement of `store/*.sql`, prepared once a connection where connections are sessions.
 pub(super) struct Query {
     pub(super) name: &'static str,
@@ -101,6 +104,13 @@ impl Connection {
             }
             self.shared.preparing.failed(error)
         })
+    }
+
+    /// An error text that PostgreSQL takes: a settle that it refuses would be tried for ever. It stores no NUL, and no
+    /// character that the database's encoding does not have.
+    pub(super) fn storable(&self, error: &str) -> String {
+        let width = if self.shared.narrow.load(Ordering::Relaxed) { Width::Ascii } else { Width::Any };
+        storable(error, width)
     }
 }
 
@@ -201,4 +211,36 @@ impl ToSql for Timestamp {
 
     accepts!(TIMESTAMPTZ);
     to_sql_checked!();
+}
+
+/// Which characters a database has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Width {
+    Any,
+    /// These at least.
+    Ascii,
+}
+
+fn storable(text: &str, width: Width) -> String {
+    let mut stored = String::with_capacity(text.len());
+    for c in text.chars().take(LAST_ERROR_MAX_CHARS) {
+        match width {
+            _ if c == '\0' => stored.push('?'),
+            Width::Ascii if !c.is_ascii() => stored.extend(c.escape_unicode()),
+            Width::Any | Width::Ascii => stored.push(c),
+        }
+    }
+    stored
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_texts_can_be_stored() {
+        assert_eq!(storable("a\0b", Width::Any), "a?b");
+        assert_eq!(storable("a\0ä中", Width::Ascii), "a?\\u{e4}\\u{4e2d}");
+        assert_eq!(storable(&"ä".repeat(5_000), Width::Any).chars().count(), LAST_ERROR_MAX_CHARS);
+    }
 }

@@ -19,12 +19,6 @@
 --
 -- $1 int[]: lanes. $2 int: events at most. $3, $4, $5: as in find_lanes.sql. $6 bigint: bytes at most. $7 bigint[]:
 -- the lanes' cursors. $8 bigint: bytes that a payload, or a metadata, has at most; NULL: no texts at all.
-  WITH held AS MATERIALIZED (
-       SELECT EXISTS (SELECT FROM outboxes
-                       WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL) AS by_retry,
-              $4::bool AND EXISTS (SELECT FROM outboxes
-                                    WHERE published_at IS NULL AND dead_at IS NOT NULL
-                                      AND discarded_at IS NULL) AS by_dead)
 SELECT lane, id, seq, created_at, topic, key, attempts, in_retry,
        CASE WHEN bytes_so_far <= $6 OR place = 1 THEN metadata END AS metadata,
        CASE WHEN bytes_so_far <= $6 OR place = 1 THEN payload END AS payload,
