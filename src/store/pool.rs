@@ -2,7 +2,7 @@
 //!
 //! With `store.rs`, which sets the pool up, the only file that names `r2d2`. Every use of a client goes through
 //! [`Connection::attempt`]: any error dooms the connection, as nobody knows what state its transaction is in, and it is
-//! closed instead of going back.
+//! closed instead of going back. A connection also knows what its database's encoding can store of a text.
 
 use std::collections::HashMap;
 use std::ops::DerefMut;
