@@ -16,6 +16,9 @@ use rustix::process::Signal;
 use super::server::{POLL, START_LIMIT, Server, on_a_free_port, on_path, text};
 use super::{POSTGRES_BIN_VAR, Stop};
 
+/// Longest time for a replica to take writes after it was told to, in seconds.
+const PROMOTE_LIMIT_S: &str = "120";
+
 /// What a private PostgreSQL is started with.
 #[derive(Debug, Clone)]
 pub struct PostgresOptions {
@@ -92,7 +95,7 @@ impl Postgres {
     pub fn promote(&self) -> Result<()> {
         let output = self
             .as_server_user("pg_ctl")
-            .args(["promote", "--wait", "--silent", "--pgdata"])
+            .args(["promote", "--wait", "--timeout", PROMOTE_LIMIT_S, "--silent", "--pgdata"])
             .arg(self.data())
             .stdin(Stdio::null())
             .output()

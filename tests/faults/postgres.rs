@@ -111,7 +111,10 @@ pub fn a_replica_takes_over(run: &mut Run) {
     run.under_load(&mut stage, |run, stage| {
         primary.kill().unwrap();
         run.pause(run.pick(1_000..=3_000, 5_000..=30_000));
-        assert_eq!(stage.instances[0].get("/ready").0, 503, "a read-only server is none to be ready with");
+        let not_ready = "the instance is not ready with a read-only server";
+        wait_until(not_ready, REPLICA_LIMIT, &[&primary, &replica, &*stage], || {
+            stage.instances[0].get("/ready").0 == 503
+        });
         replica.promote().unwrap();
     });
 }

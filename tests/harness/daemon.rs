@@ -211,7 +211,7 @@ impl Daemon {
     /// Waits until `/ready` answers 200.
     #[track_caller]
     pub fn wait_ready(&self) {
-        wait_until("the daemon is ready", Duration::from_secs(20), &[self], || self.get("/ready").0 == 200);
+        wait_until("the daemon is ready", Duration::from_secs(60), &[self], || self.get("/ready").0 == 200);
     }
 
     /// Its config file.
