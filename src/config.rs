@@ -56,6 +56,12 @@ impl Secret {
     pub fn expose(&self) -> &str {
         &self.0
     }
+
+    /// What somebody said to whom it was told, with `***` in its place. One of fewer than four characters stays: it
+    /// would be found in any text.
+    pub fn hidden_in(&self, said: &str) -> String {
+        if self.0.len() < 4 { said.to_owned() } else { said.replace(&self.0, "***") }
+    }
 }
 
 impl fmt::Debug for Secret {

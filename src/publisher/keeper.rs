@@ -330,8 +330,9 @@ impl Keeper {
         let hanging = shared.hanging_dials.clone();
         let (done, result) = bounded(1);
         hanging.fetch_add(1, Ordering::Relaxed);
+        let told = dial.login.clone();
         thread::Builder::new().name("nats-dial".into()).spawn(move || {
-            let link = dial.run();
+            let link = dial.run().map_err(|error| anyhow!(told.hidden_in(&format!("{error:#}"))));
             hanging.fetch_sub(1, Ordering::Relaxed);
             // Nobody may be waiting any more: then the link is dropped here.
             let _ = done.send(link);

@@ -283,6 +283,7 @@ impl Dial {
         let (disconnected, lingering, erring) = (down.clone(), down.clone(), down.clone());
         let last_error = Arc::new(Mutex::new(None::<String>));
         let said = last_error.clone();
+        let known = self.login.clone();
         let errors = AtomicU64::new(0);
         login
             .with_name(&self.name)
@@ -298,7 +299,7 @@ impl Dial {
                 ));
             })
             .error_callback(move |error| {
-                let error = error.to_string();
+                let error = known.hidden_in(&error.to_string());
                 if let Some(subject) = answer::denied_subject(&error) {
                     for slot in &deny {
                         let _ = slot.try_send(subject.to_string());

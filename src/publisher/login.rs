@@ -53,6 +53,16 @@ impl Login {
         matches!(self, Login::UserPassword(..) | Login::Token(_))
     }
 
+    /// What a server said, without what it was told to let us in, which it may repeat.
+    pub(super) fn hidden_in(&self, said: &str) -> String {
+        match self {
+            Login::UserPassword(_, secret) | Login::Token(secret) | Login::Key(_, Some(secret)) => {
+                secret.hidden_in(said)
+            }
+            Login::None | Login::Key(_, None) => said.to_owned(),
+        }
+    }
+
     /// The crate's options for it.
     pub(super) fn options(&self) -> nats::Options {
         match self {

@@ -44,6 +44,7 @@ const SAID: &[(&str, Said)] = &[
     ("an error that is no error", |_, _| {
         b"-ERR\r\n-ERR '\r\n-ERR Permissions Violation for Publish to\r\n".to_vec()
     }),
+    ("the password that it was told", |_, _| many(&format!("-ERR 'not with {PASSWORD}'\r\n"), 3)),
     ("the end of everything", |_, _| {
         b"-ERR 'Stale Connection'\r\n-ERR 'Authorization Violation'\r\n".to_vec()
     }),
@@ -126,6 +127,9 @@ const ACKNOWLEDGED: &[(&str, &str)] = &[
     ("with an outage", "{\"error\":{\"code\":503,\"err_code\":10008,\"description\":\"unavailable\"}}"),
 ];
 
+/// What the liar is told to let us in, and repeats.
+const PASSWORD: &str = "planted-for-the-liar";
+
 struct Stage {
     db: TestDb,
     stream: TestStream,
@@ -138,6 +142,8 @@ impl Stage {
         let (db, stream, liar) = (database(), stream(), Liar::to(shared_nats().port()));
         let config = Config::new(&db, &stream)
             .set("nats.url", liar.url())
+            .set("nats.user", "outbox")
+            .set("nats.password", PASSWORD)
             .set("nats.ack_timeout", "1s")
             .set("nats.connect_timeout", "1s")
             .set("dispatcher.max_attempts", 1_000)
