@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use super::super::delivery::wait_drained;
 use super::super::harness::daemon::listening;
 use super::super::harness::{
@@ -15,7 +17,7 @@ use super::super::harness::{
 use super::Stopping;
 
 const LIMIT: Duration = Duration::from_secs(90);
-/// Connections at a time.
+/// Connections at a time; half as many clients come and go beside them.
 const CROWD: usize = 1_000;
 /// How long the crowd stays; who is closed comes back.
 const CROWDED: Duration = Duration::from_secs(5);
@@ -47,12 +49,19 @@ fn misbehave(address: SocketAddr, number: usize, stop: &AtomicBool, seen: &Atomi
                 break;
             }
         }
-        thread::sleep(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Lets this process, and what it starts, have as many files open as the system allows it: 1,024 is usual, and few.
+fn open_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
 }
 
 #[test]
 fn a_thousand_bad_clients_stop_neither_publishing_nor_probes() {
+    open_many_files();
     let (db, stream) = (database(), stream());
     let daemon = Daemon::start(&Config::new(&db, &stream));
     daemon.wait_ready();
@@ -62,9 +71,9 @@ fn a_thousand_bad_clients_stop_neither_publishing_nor_probes() {
     let history = thread::scope(|scope| {
         let writing = scope.spawn(|| writers_until(&db.dsn, &workload, &stop));
         let stopping = Stopping(&stop);
-        // Half of them only hold a connection; a few threads are the other half.
+        // They only hold a connection; a few threads come and go beside them.
         let silent: Vec<TcpStream> =
-            (0..CROWD / 2).filter_map(|_| TcpStream::connect_timeout(&address, PROBE).ok()).collect();
+            (0..CROWD).map(|_| TcpStream::connect_timeout(&address, PROBE).unwrap()).collect();
         for number in 0..8 {
             let (stop, seen) = (&stop, &seen);
             scope.spawn(move || misbehave(address, number, stop, seen));
@@ -88,5 +97,7 @@ fn a_thousand_bad_clients_stop_neither_publishing_nor_probes() {
     });
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     check_history(&history.committed, &stream.messages()).assert_clean();
-    assert!(daemon.log().len() < 1 << 20, "clients make no log lines");
+    let log = daemon.log();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains(" http: ")).collect();
+    assert!(lines.is_empty(), "clients make no log lines: {lines:?}");
 }
