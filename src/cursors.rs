@@ -14,11 +14,11 @@
 //!    never will: the horizon is L. Who began later drew more than L; who reads, or writes elsewhere, is not in H.
 //!    (PREPARE TRANSACTION gives a transaction another name: a prepared one that turns up when a member of H
 //!    vanishes is taken for it.)
-//! 2. **A cursor moves** when a claim of its lane is settled, or when the lane was looked at and had nothing, up
-//!    to the end of what was read without a gap: not past an event that was left out because a retry or a dead
-//!    letter of its key holds it, nor past one that the claim left untouched; and never past the horizon *as it was
-//!    known before the read began* ([`Basis`]). The present horizon would not do: it may cover events that appeared
-//!    after the read.
+//! 2. **A cursor moves** when a claim of its lane is settled, or when the lane was looked at, which also shows what
+//!    other instances have settled. It moves up to the end of what was read without a gap: not past an event that is
+//!    still fresh, be it one that was left out because a retry or a dead letter of its key holds it, or one that the
+//!    claim left untouched; and never past the horizon *as it was known before the read began* ([`Basis`]). The
+//!    present horizon would not do: it may cover events that appeared after the read.
 //! 3. **A released or failed claim** moves nothing: its lanes' cursors stand where its read began.
 //! 4. **All cursors go back to the beginning** ([`Cursors::clear`]) when a connection to the database is lost: after
 //!    a crash or failover, settled events may be pending again, and the sequence may have gone back. What was read

@@ -197,6 +197,39 @@ fn lanes_are_looked_for_from_the_first_one_on_and_round() {
     assert_eq!(claim_from(&store, 7, 1, 1_000).lanes, [7]);
 }
 
+/// What a look from the beginning finds out about a lane.
+fn reach(store: &Store, lane: i32) -> (bool, Option<i64>) {
+    let found = store.open().unwrap().find(&[lane], &BEGINNING).unwrap();
+    assert_eq!(found.len(), 1);
+    (found[0].claimable, found[0].reach)
+}
+
+#[test]
+fn a_look_shows_how_far_others_have_settled() {
+    let db = database();
+    let (other, store) = (store(&db), store(&db));
+    db.events("order.placed", 10, 1);
+    // The order is that of seq, whatever the partition.
+    db.execute("UPDATE outboxes SET created_at = now() - interval '3 years' WHERE seq > 6");
+    let events =
+        || db.client().query_one("SELECT min(outbox_lane(topic, metadata)) FROM outboxes", &[]).unwrap();
+    let lane: i32 = events().get(0);
+    assert_eq!(reach(&store, lane), (true, Some(0)));
+    for (published, next) in [(4, 5), (3, 8)] {
+        let mut claim = claim_from(&other, lane, 1, published);
+        assert_eq!(claim.len(), published as usize);
+        let before = reach(&store, lane);
+        assert_eq!(before.1, Some(next - 1 - i64::from(published)), "what is only claimed is still there");
+        let events = claim.take_events();
+        claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+        assert_eq!(reach(&store, lane), (true, Some(next - 1)));
+    }
+    assert_eq!(reach(&store, (lane + 1) % LANES), (false, Some(i64::MAX)));
+    retry_in(&db, 9, "1 minute");
+    assert_eq!(reach(&store, lane), (true, None), "how far is not asked while something is held back");
+    assert_eq!(reach(&store, (lane + 1) % LANES), (false, Some(i64::MAX)));
+}
+
 #[test]
 fn an_event_is_read_as_it_was_written() {
     let db = database();
@@ -766,7 +799,7 @@ fn every_statement_prepares_against_the_schema() {
     Planned::prepare(&db);
     let is_part = |file: &&PathBuf| {
         let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        name.starts_with("read_") || ["held", "find_lanes"].contains(&name.as_str())
+        name.starts_with("read_") || ["held", "find_lanes", "find_fresh"].contains(&name.as_str())
     };
     for file in files.iter().filter(|file| !is_part(file)) {
         let text = std::fs::read_to_string(file).unwrap();
@@ -839,6 +872,11 @@ impl Planned {
                 "int[], bigint[], bool, bool, bigint",
                 concat!(include_str!("../src/store/held.sql"), include_str!("../src/store/find_lanes.sql")),
             ),
+            (
+                "find_fresh",
+                "int[], bigint[], bool, bool, bigint",
+                concat!(include_str!("../src/store/held.sql"), include_str!("../src/store/find_fresh.sql")),
+            ),
             ("lock_lanes", "int[], int", include_str!("../src/store/lock_lanes.sql")),
             (
                 "read_any",
@@ -875,12 +913,14 @@ impl Planned {
             let settings = CLAIM_PLANS.replace("force_generic_plan", mode);
             self.client.batch_execute(&format!("BEGIN; {settings}")).unwrap();
             for block_on_dead in [false, true] {
-                self.check_one(
-                    state,
-                    mode,
-                    &format!("find_lanes ('{lanes}', '{cursors}', true, {block_on_dead}, 300000)"),
-                    1_500,
-                );
+                for find in ["find_lanes", "find_fresh"] {
+                    self.check_one(
+                        state,
+                        mode,
+                        &format!("{find} ('{lanes}', '{cursors}', true, {block_on_dead}, 300000)"),
+                        1_500,
+                    );
+                }
                 for read in ["read_any", "read_fresh"] {
                     self.check_one(
                         state,

@@ -157,8 +157,8 @@ impl Search {
     /// Takes in a look that began with `basis`.
     pub(super) fn found(&mut self, basis: Basis, found: &[Found]) {
         for lane in found {
-            if lane.settled {
-                self.cursors.advance(basis, lane.lane, i64::MAX);
+            if let Some(reach) = lane.reach {
+                self.cursors.advance(basis, lane.lane, reach);
             }
             if lane.claimable && !self.ready.contains(&lane.lane) {
                 self.ready.push_back(lane.lane);

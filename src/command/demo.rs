@@ -118,7 +118,7 @@ fn deliver(
     dispatcher: &mut Dispatcher,
     account: &mut Account,
 ) -> Result<Written> {
-    let reader = StreamReader::open(&nats.url(), &NatsAuth::None, STREAM)?;
+    let mut reader = StreamReader::open(&nats.url(), &NatsAuth::None, STREAM)?;
     say(&format!("{WRITERS} writers commit {} events", thousands(events)));
     let committed = Arc::new(AtomicU64::new(0));
     let writers: Vec<JoinHandle<Result<Written>>> = (0..WRITERS)

@@ -1,7 +1,8 @@
 //! Reads a stream back, message by message, from its beginning: how the demo checks what arrived, and the bench when.
 //!
-//! An ephemeral push consumer without acks over a connection of its own. Not part of the service: nothing the
-//! daemon runs reads a stream.
+//! An ephemeral push consumer over a connection of its own. It acknowledges, though nothing is ever sent again, because
+//! that paces the server: one that sends half a million messages at once closes the connection of whoever is slower.
+//! Not part of the service: nothing the daemon runs reads a stream.
 #![allow(deprecated)] // as in the file above
 
 use std::time::Duration;
@@ -10,6 +11,11 @@ use anyhow::{Context, Result, anyhow};
 
 use super::login::Login;
 use crate::config::NatsAuth;
+
+/// Messages on their way at most, and how many one acknowledgement covers.
+const PACE: (u64, u64) = (10_000, 1_000);
+/// After this the server would send again what was not acknowledged; nobody reads for so long.
+const ACK_WAIT: Duration = Duration::from_secs(24 * 3600);
 
 /// A message as it is stored.
 #[derive(Debug, Clone)]
@@ -29,8 +35,10 @@ pub struct Stored {
 /// A consumer of one stream.
 pub struct StreamReader {
     subscription: nats::Subscription,
+    /// Messages read.
+    read: u64,
     /// Dropped last: the subscription needs it.
-    _connection: nats::Connection,
+    connection: nats::Connection,
 }
 
 impl StreamReader {
@@ -48,7 +56,14 @@ impl StreamReader {
         let subscription = connection.subscribe(&inbox)?;
         let consumer = serde_json::json!({
             "stream_name": stream,
-            "config": { "deliver_subject": inbox, "deliver_policy": "all", "ack_policy": "none", "replay_policy": "instant" },
+            "config": {
+                "deliver_subject": inbox,
+                "deliver_policy": "all",
+                "ack_policy": "all",
+                "ack_wait": u64::try_from(ACK_WAIT.as_nanos())?,
+                "max_ack_pending": PACE.0,
+                "replay_policy": "instant",
+            },
         });
         let answer = connection
             .request_timeout(
@@ -59,7 +74,7 @@ impl StreamReader {
             .with_context(|| format!("read stream {stream}"))?;
         let answer: serde_json::Value = serde_json::from_slice(&answer.data)?;
         match answer.get("error") {
-            None => Ok(StreamReader { subscription, _connection: connection }),
+            None => Ok(StreamReader { subscription, read: 0, connection }),
             Some(error) => Err(anyhow!("read stream {stream}: {error}")),
         }
     }
@@ -67,12 +82,16 @@ impl StreamReader {
     /// The next message; `None` when none comes within `timeout`.
     ///
     /// # Errors
-    /// When a message cannot be one of a stream's.
-    pub fn next(&self, timeout: Duration) -> Result<Option<Stored>> {
+    /// When a message cannot be one of a stream's, or the connection is lost.
+    pub fn next(&mut self, timeout: Duration) -> Result<Option<Stored>> {
         let Ok(message) = self.subscription.receiver().recv_timeout(timeout) else { return Ok(None) };
         // $JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>, with two more
         // tokens (domain and account) in front of the stream on newer servers' longer form.
         let reply = message.reply.as_deref().context("a message without reply is not a stream's")?;
+        self.read += 1;
+        if self.read.is_multiple_of(PACE.1) {
+            self.connection.publish(reply, "+ACK")?;
+        }
         let tokens: Vec<&str> = reply.split('.').collect();
         let first = if tokens.len() > 9 { 4 } else { 2 };
         let number = |index: usize| -> Result<i64> {

@@ -31,6 +31,8 @@ const HELD: usize = 10;
 
 const FIND_LANES: Query =
     query!("find_lanes": ["held", "find_lanes"], INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
+const FIND_FRESH: Query =
+    query!("find_fresh": ["held", "find_fresh"], INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
 const READ_ANY: Query = query!(
     "read_any": ["held", "read_before", "read_any", "read_after"],
@@ -112,8 +114,16 @@ pub struct Found {
     pub lane: i32,
     /// It has something to claim, though perhaps somebody else has claimed it already.
     pub claimable: bool,
-    /// It has no fresh event above its cursor at all.
-    pub settled: bool,
+    /// No fresh event is left in the lane up to here, of those that had appeared when it was looked into; `None` if
+    /// that was not found out.
+    pub reach: Option<i64>,
+}
+
+impl Found {
+    /// Of a lane in which nothing is held back: all that there is begins with its first fresh event.
+    fn fresh(lane: i32, first: Option<i64>) -> Found {
+        Found { lane, claimable: first.is_some(), reach: Some(cursors::reach(i64::MAX, first, None)) }
+    }
 }
 
 impl Opening {
@@ -124,12 +134,20 @@ impl Opening {
     pub fn find(&mut self, lanes: &[i32], cursors: &[i64; cursors::LANES]) -> Result<Vec<Found>, StoreError> {
         let ClaimSettings { ordered, block_on_dead, .. } = self.shared.settings;
         let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
-        let rows = self.transaction.query(
-            &FIND_LANES,
-            &[&lanes, &positions(lanes, cursors), &ordered, &(ordered && block_on_dead), &backoff_max_ms],
-        )?;
+        let positions = positions(lanes, cursors);
+        let params: &[&(dyn ToSql + Sync)] =
+            &[&lanes, &positions, &ordered, &(ordered && block_on_dead), &backoff_max_ms];
+        if !self.shared.held.load(Ordering::Relaxed) {
+            let rows = self.transaction.query(&FIND_FRESH, params)?;
+            if !rows.is_empty() {
+                return read_all(&rows, |row| Ok(Found::fresh(row.try_get(0)?, row.try_get(1)?)));
+            }
+            self.shared.held.store(true, Ordering::Relaxed);
+        }
+        let rows = self.transaction.query(&FIND_LANES, params)?;
         read_all(&rows, |row| {
-            Ok(Found { lane: row.try_get(0)?, claimable: row.try_get(1)?, settled: row.try_get(2)? })
+            let (claimable, settled): (bool, bool) = (row.try_get(1)?, row.try_get(2)?);
+            Ok(Found { lane: row.try_get(0)?, claimable, reach: settled.then_some(i64::MAX) })
         })
     }
 

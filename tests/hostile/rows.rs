@@ -316,8 +316,8 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 fn read_by_the_crate(stream: &TestStream, count: usize) -> Vec<String> {
-    let reader = StreamReader::open(&stream.url, &NatsAuth::None, &stream.name).unwrap();
-    let next = || reader.next(Duration::from_secs(20)).unwrap().expect("another message");
+    let mut reader = StreamReader::open(&stream.url, &NatsAuth::None, &stream.name).unwrap();
+    let mut next = || reader.next(Duration::from_secs(20)).unwrap().expect("another message");
     let read = |_| {
         let stored = next();
         let id = stored.message_id.unwrap_or_default();

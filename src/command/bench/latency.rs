@@ -122,7 +122,7 @@ impl Load {
 
     fn read_back(&self, bench: &Bench, committed_ns: &[i64]) -> Result<Vec<f64>> {
         let (url, auth) = bench.place.nats();
-        let reader = StreamReader::open(url, auth, bench.place.stream()?)?;
+        let mut reader = StreamReader::open(url, auth, bench.place.stream()?)?;
         let mut latencies_ms = Vec::with_capacity(committed_ns.len());
         while latencies_ms.len() < committed_ns.len() {
             let message = reader.next(ARRIVAL_LIMIT)?.context("the stream ends before its last event")?;
