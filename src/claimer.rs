@@ -266,12 +266,12 @@ impl Claimer {
             let found = opening.find(&search.unclaimed(), search.cursors.positions())?;
             search.found(basis, &found);
         }
-        let lanes = search.take_share();
+        let batch = i32::try_from(self.live.now().batch_size).unwrap_or(i32::MAX);
+        let lanes = search.take_share(batch);
         if lanes.is_empty() {
             return Ok(Attempt::Nothing);
         }
         let basis = search.cursors.basis();
-        let batch = i32::try_from(self.live.now().batch_size).unwrap_or(i32::MAX);
         let limits = ClaimLimits {
             lanes: LANES,
             events: search.care.limit(&lanes, batch),

@@ -20,6 +20,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 const NAP: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 /// Time between two looks from the beginning, which may cost more than others.
 pub(super) const REWIND_INTERVAL: Duration = Duration::from_secs(1);
+/// Events that are worth a claim of their own. Each costs PostgreSQL and us some 2 ms whatever it holds, as much as 50
+/// events do.
+const WORTH_A_CLAIM: f64 = 250.0;
 /// How much larger each next claim is of a lane in which one has failed.
 const CARE_GROWTH: i32 = 4;
 
@@ -37,6 +40,8 @@ pub(super) struct Search {
     pub(super) idle_workers: usize,
     /// What the claims of the other workers hold.
     bytes_in_flight: usize,
+    /// How many events a lane that is ready has, by the last claims.
+    events_a_lane: f64,
     /// The last nap.
     nap: Duration,
     /// Since when there was always something to claim.
@@ -64,6 +69,7 @@ impl Search {
             claimed: [false; cursors::LANES],
             idle_workers: 0,
             bytes_in_flight: 0,
+            events_a_lane: WORTH_A_CLAIM,
             nap: Duration::ZERO,
             awake_since: None,
             first_lane: fastrand::i32(0..LANES),
@@ -166,9 +172,12 @@ impl Search {
         }
     }
 
-    /// Takes the share of one free worker from the lanes that are ready.
-    pub(super) fn take_share(&mut self) -> Vec<i32> {
-        let share = self.ready.len().div_ceil(self.idle_workers.max(1));
+    /// Takes the share of one free worker from the lanes that are ready, for a claim of `batch` events at most: as many
+    /// as each of the free workers can have, or more where that would hardly be worth a claim.
+    pub(super) fn take_share(&mut self, batch: i32) -> Vec<i32> {
+        let alike = self.ready.len().div_ceil(self.idle_workers.max(1));
+        let worthwhile = (WORTH_A_CLAIM.min(f64::from(batch)) / self.events_a_lane).ceil() as usize;
+        let share = alike.max(worthwhile);
         let share = self.care.alike(self.ready.iter().copied().take(share));
         self.ready.drain(..share).collect()
     }
@@ -183,8 +192,9 @@ impl Search {
         }
     }
 
-    /// A claim of these lanes went to a worker; returns for how long there was always something to claim.
+    /// A claim went to a worker; returns for how long there was always something to claim.
     pub(super) fn sent(&mut self, job: &Job, now: Instant) -> Duration {
+        self.weigh(job.claim.len(), job.claim.lanes.len(), job.claim.more());
         self.idle_workers = self.idle_workers.saturating_sub(1);
         self.claimed_since_rewind = true;
         self.claimed_since_horizon = true;
@@ -194,6 +204,12 @@ impl Search {
         }
         self.nap = Duration::ZERO;
         now.saturating_duration_since(*self.awake_since.get_or_insert(now))
+    }
+
+    /// A claim found so many events in so many lanes, and perhaps there were more.
+    fn weigh(&mut self, events: usize, lanes: usize, more: bool) {
+        let found = if more { WORTH_A_CLAIM } else { events as f64 / lanes.max(1) as f64 };
+        self.events_a_lane = f64::midpoint(self.events_a_lane, found).max(1.0);
     }
 
     /// True while claims hold so much that one more could be too much: one of them is of a single large event.
@@ -307,6 +323,31 @@ mod tests {
         care.failed(&[3]);
         care.worked(&[3], 1);
         assert_eq!(next(&care, &[3]), (1, 100), "a batch of one needs no care beyond that");
+    }
+
+    #[test]
+    fn a_share_is_worth_a_claim() {
+        let mut search = Search::new(Instant::now());
+        let share = |search: &mut Search, batch: i32| {
+            search.ready = (0..LANES).collect();
+            search.idle_workers = 4;
+            search.take_share(batch).len()
+        };
+        assert_eq!(share(&mut search, 5_000), 16, "of what is not known yet, every worker has a part");
+        for _ in 0..40 {
+            search.weigh(64, 32, false);
+        }
+        assert_eq!(share(&mut search, 5_000), 64, "few events are one claim");
+        assert_eq!(share(&mut search, 40), 20, "but no more than it may hold");
+        for _ in 0..40 {
+            search.weigh(300, 32, false);
+        }
+        assert_eq!(share(&mut search, 5_000), 27);
+        // A claim of all lanes that was full of the first events of each must not make the next one as wide.
+        for _ in 0..40 {
+            search.weigh(100, 64, true);
+        }
+        assert_eq!(share(&mut search, 100), 16, "where there is more, every worker has a part");
     }
 
     #[test]
