@@ -116,7 +116,7 @@ struct Shared {
     connect_timeout: Duration,
     max_idle: u32,
     settings: ClaimSettings,
-    /// The last claim found that something may hold events back.
+    /// The last look or claim found that something may hold events back.
     held: AtomicBool,
     /// Starts as `settings.backoff_max`, and only grows.
     backoff_max_ms: AtomicI64,
