@@ -56,7 +56,8 @@ for line in sys.stdin:
 mapfile -t faults < <("$program" --list faults:: | sed -n 's/^faults::\([a-z0-9_]*\): test$/\1/p' | grep -F -- "$only")
 [ "${#faults[@]}" -gt 0 ] || die "no fault has $only in its name"
 
-# What there is to run, each a fault, a server and a mode.
+# What there is to run, each a fault, a server and a mode; in an order of the seed's, as runs of one fault are alike, and
+# would all want the processor, or wait, at the same time.
 cases=()
 for fault in "${faults[@]}"; do
     for server in $servers; do
@@ -68,6 +69,7 @@ for fault in "${faults[@]}"; do
     done
 done
 [ "${#cases[@]}" -gt 0 ] || die "nothing to run: nats-server $servers has no atomic batches, or is no cluster"
+mapfile -t cases < <(printf '%s\n' "${cases[@]}" | shuf --random-source=<(yes "$seed"))
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pg-outbox-faults-XXXXXX")
 results=$logs/results

@@ -116,7 +116,7 @@ faults! {
     locks_time_out, within 30 s, "what others set for locks ends no claim": postgres::locks_time_out;
     the_disk_is_full, within 30 s, "a settle that cannot be written goes again": disk::is_full;
 
-    behind_a_transaction_pooler, within 30 s, "no claim needs a session": |run: &mut Run| pooler::everything(run, Mode::Transaction);
+    behind_a_transaction_pooler, within 60 s, "no claim needs a session": |run: &mut Run| pooler::everything(run, Mode::Transaction);
     behind_a_session_pooler, within 30 s, "a session ends with its connection": |run: &mut Run| pooler::everything(run, Mode::Session);
 
     nats_stops, within 60 s, "an outage is charged to no event": nats::stops;
