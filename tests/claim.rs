@@ -211,9 +211,8 @@ fn a_look_shows_how_far_others_have_settled() {
     db.events("order.placed", 10, 1);
     // The order is that of seq, whatever the partition.
     db.execute("UPDATE outboxes SET created_at = now() - interval '3 years' WHERE seq > 6");
-    let events =
-        || db.client().query_one("SELECT min(outbox_lane(topic, metadata)) FROM outboxes", &[]).unwrap();
-    let lane: i32 = events().get(0);
+    let sql = "SELECT min(outbox_lane(topic, metadata)) FROM outboxes";
+    let lane: i32 = db.client().query_one(sql, &[]).unwrap().get(0);
     assert_eq!(reach(&store, lane), (true, Some(0)));
     for (published, next) in [(4, 5), (3, 8)] {
         let mut claim = claim_from(&other, lane, 1, published);

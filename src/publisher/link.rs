@@ -299,13 +299,14 @@ impl Dial {
                 ));
             })
             .error_callback(move |error| {
-                let error = known.hidden_in(&error.to_string());
+                let error = error.to_string();
                 if let Some(subject) = answer::denied_subject(&error) {
                     for slot in &deny {
                         let _ = slot.try_send(subject.to_string());
                     }
                     return;
                 }
+                let error = known.hidden_in(&error);
                 // A server may say so without end: the 1st, 2nd, 4th, 8th ... is logged.
                 let times = errors.fetch_add(1, Ordering::Relaxed) + 1;
                 if !erring.is_set() && times.is_power_of_two() {
