@@ -402,6 +402,27 @@ fn the_permissions_that_are_shipped_are_enough() {
 }
 
 #[test]
+fn a_subject_is_denied_though_the_password_is_part_of_it() {
+    let db = database();
+    let server = start_nats(
+        r#"authorization { users = [ { user: outbox, password: secret, permissions: { publish: { deny: "app.secret.>" } } } ] }"#,
+    );
+    let url = server.url().replace("nats://", "nats://outbox:secret@");
+    let stream = TestStream { url, name: "EVENTS".to_owned(), prefix: "app".to_owned() };
+    stream.create(&json!({}));
+    let config = Config::new(&db, &stream)
+        .set("nats.url", server.url())
+        .set("nats.user", "outbox")
+        .set("nats.password", "secret");
+    let daemon = Daemon::start(&config);
+    db.event("secret.thing", "k", "{}");
+    let refused = "SELECT count(*) FROM outboxes
+                    WHERE last_error LIKE '%permission denied to publish to app.secret.thing%'";
+    wait_until("it is refused", LIMIT, &[&daemon, &db, &server], || db.number(refused) == 1);
+    assert_eq!(daemon.log_lines("outage begins"), [""; 0], "it alone is to blame");
+}
+
+#[test]
 fn the_permissions_that_are_shipped_are_the_least() {
     let cases = [
         (

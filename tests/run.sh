@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change is done: format, lints, all tests. Installs what is missing.
 #
-#   tests/run.sh [arguments of cargo test]
-#
-# Without arguments a part of the tests runs on a current PostgreSQL as well.
+#   tests/run.sh                                  also what depends on PostgreSQL, on a current PostgreSQL
+#   tests/run.sh --current-postgres               everything, on the current PostgreSQL instead of Debian's
+#   tests/run.sh [arguments of cargo test]        what these select
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . etc/servers.sh
@@ -20,19 +20,24 @@ install_missing_tools() {
 
 install_what_tests_need
 install_missing_tools
-[ $# -gt 0 ] || fetch_current_postgres
+if [ "${1:-}" = --current-postgres ]; then
+    shift
+    fetch_current_postgres
+    let_postgres_reach_it
+    export PG_OUTBOX_POSTGRES_BIN=$POSTGRES_CURRENT_BIN
+elif [ $# -eq 0 ]; then
+    fetch_current_postgres
+fi
 say "cargo fmt"
 cargo fmt --check
 say "cargo clippy"
 cargo clippy --locked --all-targets -- -D warnings
 say "cargo test"
 cargo test --locked "$@"
-if [ $# -eq 0 ]; then
+if [ $# -eq 0 ] && [ -z "${PG_OUTBOX_POSTGRES_BIN:-}" ]; then
     say "cargo test, what depends on PostgreSQL, on PostgreSQL $POSTGRES_CURRENT"
     let_postgres_reach_it
-    # Without those that want its own pg_dump or pg_basebackup, which did not come with it.
     PG_OUTBOX_POSTGRES_BIN=$POSTGRES_CURRENT_BIN cargo test --locked --test integration -- \
         schema:: claim:: delivery:: wakeup:: partitions:: pooler:: settings:: home:: roles:: dead:: replay:: status:: \
-        rejections:: postgres_tls:: hostile::postgres:: hostile::rows::rows_of_every_kind \
-        --skip of_several_servers --skip a_dump_restores_elsewhere --skip psql_and_migrate_install_the_same_schema
+        rejections:: postgres_tls:: hostile::postgres:: hostile::rows::rows_of_every_kind
 fi

