@@ -1,7 +1,9 @@
 //! The claimer: one thread that begins claims and hands each to a worker that is free.
 //!
 //! It claims only for a free worker and only while the gate is open, so no lane is locked without somebody to
-//! publish its events. One look into the lanes feeds the claims that follow: what it found is shared out among the
+//! publish its events. It locks lanes, and the worker reads them, so that a claim takes little of this one thread. Where
+//! a read has failed, or met an event that is larger than a claim may be, it reads the lane itself, first one event and
+//! then more and more. One look into the lanes feeds the claims that follow: what it found is shared out among the
 //! free workers, and a lane that had more than its claim could take goes back to the end of the queue, so that no
 //! lane starves. Looks and reads begin at the lanes' cursors (see `cursors.rs`); what is known of the lanes is in
 //! `claimer/search.rs`.
@@ -30,9 +32,9 @@ use crate::health::{Health, Heartbeat, Part};
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;
-use crate::store::{ClaimLimits, Head, LANES, Sessions, Store, StoreError};
+use crate::store::{ClaimLimits, Head, LANES, Large, Locked, Opening, Sessions, Store, StoreError};
 use crate::wakeup::Doze;
-use crate::worker::{Finished, Job};
+use crate::worker::{Finished, Job, Stage};
 
 /// First and longest pause between claims that fail.
 const TROUBLE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -109,12 +111,19 @@ impl Claimer {
             }
             self.heartbeat.beat();
             while let Ok(finished) = self.free.try_recv() {
-                search.finished(&finished);
+                search.finished(finished);
             }
             // A wake-up before the look's snapshot is answered by the look itself.
             let _ = self.doze.wake_ups().try_recv();
-            let attempt = self.attempt(&mut search);
-            if attempt.is_ok() {
+            let readings = search.take_readings();
+            let worked = readings.worked;
+            let attempt = match readings.failed {
+                Some(error) => Err(error),
+                None if readings.in_vain && search.ready.is_empty() => Ok(Attempt::Elsewhere),
+                None => self.attempt(&mut search),
+            };
+            // Whether a claim works is known once it was read.
+            if worked || matches!(attempt, Ok(Attempt::Missed | Attempt::Elsewhere | Attempt::Nothing)) {
                 trouble.over(&self.health);
             }
             let rest = match attempt {
@@ -151,7 +160,7 @@ impl Claimer {
             select! {
                 recv(stop) -> _ => return Ok(()),
                 recv(self.doze.wake_ups()) -> _ => {}
-                recv(self.free) -> finished => search.finished(&finished.unwrap_or_default()),
+                recv(self.free) -> finished => search.finished(finished.unwrap_or_default()),
                 default(rest) => {}
             }
         }
@@ -162,7 +171,7 @@ impl Claimer {
         while search.idle_workers == 0 || search.has_no_room(self.max_in_flight_bytes, self.max_claim_bytes) {
             select! {
                 recv(stop) -> _ => return Next::Stop,
-                recv(self.free) -> finished => search.finished(&finished.unwrap_or_default()),
+                recv(self.free) -> finished => search.finished(finished.unwrap_or_default()),
             }
         }
         match self.await_gate(stop) {
@@ -271,51 +280,73 @@ impl Claimer {
         if lanes.is_empty() {
             return Ok(Attempt::Nothing);
         }
+        if search.care.is_needed(&lanes) {
+            return self.claim_with_care(opening, search, &lanes, batch);
+        }
         let basis = search.cursors.basis();
-        let limits = ClaimLimits {
-            lanes: LANES,
-            events: search.care.limit(&lanes, batch),
-            event_bytes: self.publisher.max_payload(),
-        };
+        let locked = opening.lock(&lanes, self.limits(batch), search.cursors.positions())?;
+        search.put_back(&lanes, &locked.lanes, batch);
+        if let Some(missed) = Self::missed(search, &locked) {
+            return Ok(missed);
+        }
+        let stage = Stage::Locked(locked);
+        Ok(Attempt::Claimed(Box::new(Job { stage, basis, bytes: self.max_claim_bytes })))
+    }
+
+    fn limits(&self, events: i32) -> ClaimLimits {
+        ClaimLimits { lanes: LANES, events, event_bytes: self.publisher.max_payload() }
+    }
+
+    /// Why lanes that were tried, or what was known of them, are no good; `None` if they are. Dropped, they are given
+    /// back.
+    fn missed(search: &mut Search, locked: &Locked) -> Option<Attempt> {
+        if locked.lanes.is_empty() {
+            return Some(if search.ready.is_empty() { Attempt::Elsewhere } else { Attempt::Missed });
+        }
+        if locked.server != search.server {
+            // Also the first time. What would be read with the cursors of another life is not read.
+            search.forget();
+            search.server = locked.server;
+            return Some(Attempt::Missed);
+        }
+        None
+    }
+
+    /// Claims lanes in which a claim has failed, and reads them here.
+    fn claim_with_care(
+        &self,
+        mut opening: Opening,
+        search: &mut Search,
+        lanes: &[i32],
+        batch: i32,
+    ) -> Result<Attempt, StoreError> {
+        let limits = self.limits(search.care.limit(lanes, batch));
+        let basis = search.cursors.basis();
+        let positions = *search.cursors.positions();
         // What cannot be read is known by its place alone, before the try and after it.
-        let head = match lanes[..] {
-            [lane] if limits.events == 1 => opening.head(lane, search.cursors.positions())?,
+        let head = match *lanes {
+            [lane] if limits.events == 1 => opening.head(lane, &positions)?,
             _ => None,
         };
-        let claim = match (opening.claim(&lanes, limits, search.cursors.positions()), head) {
+        let locked = opening.lock(lanes, limits, &positions)?;
+        if let Some(missed) = Self::missed(search, &locked) {
+            return Ok(missed);
+        }
+        let claim = match (locked.read(Large::Alone), head) {
             (Ok(claim), _) => claim,
             (Err(error), Some(head)) if error.is_unreadable() => {
                 self.bury(lanes[0], search, head, &error)?;
                 return Ok(Attempt::Missed);
             }
-            (Err(error), _) => {
-                if error.sqlstate().is_some() {
-                    search.care.failed(&lanes);
-                }
-                if error.is_unreadable() {
-                    log::warn!(
-                        "claim failed, will read its lanes one by one: lanes={}: {error}",
-                        lanes.len()
-                    );
-                    return Ok(Attempt::Missed);
-                }
-                return Err(error);
-            }
+            (Err(error), _) => return search.claim_failed(lanes, error).map(|()| Attempt::Missed),
         };
         search.care.worked(&claim.lanes, batch);
-        search.put_back(&lanes, &claim.lanes, limits.events);
         if claim.is_empty() {
             return Ok(if search.ready.is_empty() { Attempt::Elsewhere } else { Attempt::Missed });
         }
-        if claim.server != search.server {
-            // Also the first time. What was read with the cursors of another life is given back unpublished.
-            search.forget();
-            search.server = claim.server;
-            return Ok(Attempt::Missed);
-        }
-        self.metrics.claimed(claim.len());
         let bytes = claim.bytes();
-        Ok(Attempt::Claimed(Box::new(Job { claim, read_at: Boottime::now(), basis, bytes })))
+        let stage = Stage::Read(claim, Boottime::now());
+        Ok(Attempt::Claimed(Box::new(Job { stage, basis, bytes })))
     }
 
     /// This event cannot be read, not even alone: makes a dead letter of it, so that the others of its lane go on.

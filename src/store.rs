@@ -53,7 +53,7 @@ use crate::cursors::{Reading, Writer};
 
 pub use self::adopt::Adopting;
 pub use self::claim::{
-    Claim, ClaimLimits, ClaimSettings, Found, Head, LaneEnd, Opening, ServerLife, Settled,
+    Claim, ClaimLimits, ClaimSettings, Found, Head, LaneEnd, Large, Locked, Opening, ServerLife, Settled,
 };
 pub use self::dead::{CHANGE_MAX, Change, Letter, Selection, Whole};
 pub use self::error::StoreError;

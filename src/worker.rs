@@ -1,11 +1,11 @@
-//! A worker: publishes one claim at a time and settles it on the claim's own connection.
+//! A worker: reads, publishes and settles one claim at a time, all on the claim's own connection.
 //!
-//! It announces that it is free, receives a claim, publishes its events through its slot of the publisher, and
-//! writes the outcomes in the transaction that holds the lanes. The crash windows: before an ack, the event is
+//! It announces that it is free, receives lanes that the claimer has locked, reads their events, publishes them through
+//! its slot of the publisher, and writes the outcomes in the transaction that holds the lanes. The crash windows: before an ack, the event is
 //! pending and its lane free as soon as the connection falls; after the ack and before the commit, the event is
 //! published again and JetStream drops it by its message id. After a settle that failed, this process remembers what
-//! it published and only settles it the next time. A claim received while the service drains is
-//! released untouched. Ends when the claimer hangs up.
+//! it published and only settles it the next time. Lanes received while the service drains are
+//! released unread. Ends when the claimer hangs up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -21,18 +21,34 @@ use crate::failpoint;
 use crate::health::Heartbeat;
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Report};
-use crate::store::{Claim, LaneEnd, Settled};
+use crate::store::{Claim, LaneEnd, Large, Locked, Settled, StoreError};
 
 /// A claim on its way from the claimer to a worker.
 pub struct Job {
-    /// The locked lanes and their events.
-    pub claim: Claim,
-    /// When the events had been read; the budget counts from here.
-    pub read_at: Boottime,
-    /// What was known of the cursors before they were read.
+    /// What it holds so far.
+    pub stage: Stage,
+    /// What was known of the cursors before its events are read.
     pub basis: Basis,
-    /// Bytes of payload and metadata that they hold.
+    /// Bytes of payload and metadata that it may hold.
     pub bytes: usize,
+}
+
+/// How far the claimer has come with a claim.
+pub enum Stage {
+    /// Its lanes are locked.
+    Locked(Locked),
+    /// Its events were read, then; the budget counts from there.
+    Read(Claim, Boottime),
+}
+
+impl Job {
+    /// The lanes that it has.
+    pub fn lanes(&self) -> &[i32] {
+        match &self.stage {
+            Stage::Locked(locked) => &locked.lanes,
+            Stage::Read(claim, _) => &claim.lanes,
+        }
+    }
 }
 
 /// A worker is free, and how its last claim ended.
@@ -44,8 +60,19 @@ pub struct Finished {
     pub lanes: Vec<LaneEnd>,
     /// The database failed: nothing is known of what it keeps of former settles.
     pub database_failed: bool,
-    /// Bytes that the claim held.
+    /// Bytes that the claim might have held.
     pub bytes: usize,
+    /// How its events were read; `None` if they were not.
+    pub read: Option<Result<Reading, StoreError>>,
+}
+
+/// What a worker read.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading {
+    /// How many events.
+    pub events: usize,
+    /// The lane of an event that is too large to be read beside other claims.
+    pub too_large: Option<i32>,
 }
 
 /// What the workers did while the service drained.
@@ -94,19 +121,36 @@ impl Worker {
             }
             let Ok(job) = self.jobs.recv() else { return Ok(()) };
             self.heartbeat.beat();
-            let bytes = job.bytes;
-            finished = Finished { bytes, ..self.work(job) };
+            let (basis, bytes) = (Some(job.basis), job.bytes);
+            finished = Finished { basis, bytes, ..self.work(job) };
         }
     }
 
     fn work(&self, job: Job) -> Finished {
-        let Job { mut claim, read_at, basis, bytes: _ } = job;
-        let events: Vec<_> = claim.take_events().into_iter().map(Arc::new).collect();
+        let lanes = LaneEnd::unmoved(job.lanes());
         if self.is_draining() {
-            self.drain.released.fetch_add(events.len(), Ordering::Relaxed);
-            let lanes = claim.ends(events.iter().map(AsRef::as_ref));
-            return Finished { basis: Some(basis), lanes, database_failed: !release(claim), bytes: 0 };
+            return Finished { lanes, database_failed: !release(job), ..Finished::default() };
         }
+        let (claim, read_at) = match job.stage {
+            Stage::Read(claim, at) => (claim, at),
+            Stage::Locked(locked) => match locked.read(Large::Refused) {
+                Ok(claim) => (claim, Boottime::now()),
+                Err(error) => return Finished { lanes, read: Some(Err(error)), ..Finished::default() },
+            },
+        };
+        let reading = Reading { events: claim.len(), too_large: claim.too_large() };
+        let finished = if claim.is_empty() {
+            let lanes = if reading.too_large.is_some() { claim.ends([]) } else { lanes };
+            Finished { lanes, database_failed: !give_back(&claim.release()), ..Finished::default() }
+        } else {
+            self.metrics.claimed(reading.events);
+            self.publish_and_settle(claim, read_at)
+        };
+        Finished { read: Some(Ok(reading)), ..finished }
+    }
+
+    fn publish_and_settle(&self, mut claim: Claim, read_at: Boottime) -> Finished {
+        let events: Vec<_> = claim.take_events().into_iter().map(Arc::new).collect();
         let started = Instant::now();
         let report = self.publish.claim(self.slot, &events, read_at.plus(self.claim_budget));
         let published_in = started.elapsed();
@@ -116,7 +160,7 @@ impl Worker {
         let lanes = claim.ends(untouched.clone().map(|(event, _)| event));
         let touched = events.len() - untouched.count();
         if touched == 0 {
-            return Finished { basis: Some(basis), lanes, database_failed: !release(claim), bytes: 0 };
+            return Finished { lanes, database_failed: !give_back(&claim.release()), ..Finished::default() };
         }
         failpoint!("settle.begin");
         let settling = Instant::now();
@@ -150,7 +194,7 @@ impl Worker {
                     settled.dead,
                     settling.elapsed()
                 );
-                Finished { basis: Some(basis), lanes, database_failed: false, bytes: 0 }
+                Finished { lanes, ..Finished::default() }
             }
             Err(error) => {
                 self.metrics.postgres_error();
@@ -158,7 +202,7 @@ impl Worker {
                 let failures = self.failed_settles.fetch_add(1, Ordering::Relaxed);
                 let level = if failures == 0 { log::Level::Error } else { log::Level::Debug };
                 log::log!(level, "settle failed, will settle again: events={touched}: {error}");
-                Finished { basis: Some(basis), lanes, database_failed: true, bytes: 0 }
+                Finished { lanes, database_failed: true, ..Finished::default() }
             }
         }
     }
@@ -175,11 +219,17 @@ impl Worker {
     }
 }
 
-/// Gives a claim back, and returns whether the database took it. If not, the connection is closed, which does the
-/// same.
-fn release(claim: Claim) -> bool {
-    let released = claim.release();
-    if let Err(error) = &released {
+/// Gives a job's lanes back as they are; returns what [`give_back`] does.
+fn release(job: Job) -> bool {
+    give_back(&match job.stage {
+        Stage::Locked(locked) => locked.release(),
+        Stage::Read(claim, _) => claim.release(),
+    })
+}
+
+/// A claim was given back; returns whether the database took it. If not, the connection is closed, which does the same.
+fn give_back(released: &Result<(), StoreError>) -> bool {
+    if let Err(error) = released {
         log::debug!("release failed, the connection is closed: {error}");
     }
     released.is_ok()

@@ -10,7 +10,7 @@ use pg_outbox::config::{Database, DsnParts, PreparedStatements, Secret};
 use pg_outbox::cursors;
 use pg_outbox::event::{Event, Outcome};
 use pg_outbox::store::{
-    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, LANES, Settled, Store, StoreError,
+    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, LANES, Large, Locked, Settled, Store, StoreError,
 };
 use postgres::Client;
 
@@ -62,12 +62,21 @@ pub fn claim_from(store: &Store, first_lane: i32, max_lanes: i32, max_events: i3
 }
 
 fn try_claim(store: &Store, first_lane: i32, max_lanes: i32, max_events: i32) -> Result<Claim, StoreError> {
+    try_lock(store, first_lane, max_lanes, max_events)?.read(Large::Alone)
+}
+
+fn try_lock(store: &Store, first_lane: i32, max_lanes: i32, max_events: i32) -> Result<Locked, StoreError> {
     let lanes: Vec<i32> = (first_lane..first_lane + LANES).map(|lane| lane % LANES).collect();
     let mut opening = store.open()?;
     let found = opening.find(&lanes, &BEGINNING)?;
     let claimable: Vec<i32> = found.iter().filter(|lane| lane.claimable).map(|lane| lane.lane).collect();
     let limits = ClaimLimits { lanes: max_lanes, events: max_events, event_bytes: usize::MAX };
-    opening.claim(&claimable, limits, &BEGINNING)
+    opening.lock(&claimable, limits, &BEGINNING)
+}
+
+/// Whether a limit cut the claim short.
+fn has_more(claim: &Claim) -> bool {
+    claim.ends([]).iter().any(|end| end.more)
 }
 
 /// Claims whatever there is.
@@ -351,7 +360,7 @@ fn an_empty_claim_holds_no_connection_and_no_lock() {
     let db = database();
     let store = store(&db);
     let empty = claim(&store);
-    assert!(empty.is_empty() && !empty.more());
+    assert!(empty.is_empty() && !has_more(&empty));
     let state = store.pool_state();
     assert_eq!(state.connections, state.idle, "{state:?}");
     assert_eq!(empty.settle([]).unwrap(), Settled::default());
@@ -430,7 +439,7 @@ fn several_retries_of_a_key_come_in_seq_order() {
     // A batch that cannot hold them all has the first ones.
     let mut claim = claim_from(&store, 0, LANES, 2);
     assert_eq!(seqs(&claim.take_events()), all[..2]);
-    assert!(claim.more());
+    assert!(has_more(&claim));
     drop(claim);
     // One that is not due holds back what comes after it, due or not.
     retry_in(&db, all[2], "1 minute");
@@ -545,7 +554,7 @@ fn lanes_share_a_claim_and_a_hot_one_may_have_all_of_it() {
     db.events("order.placed", 1_000, 1);
     let mut claim = claim_from(&store, 0, LANES, 100);
     assert_eq!(claim.take_events().len(), 100, "one hot lane alone gets the full batch");
-    assert!(claim.more());
+    assert!(has_more(&claim));
     drop(claim);
 
     db.events("order.shipped", 20_000, 400);
@@ -571,7 +580,7 @@ fn a_claim_that_took_everything_says_so() {
     db.events("order.placed", 30, 10);
     let mut claim = claim_from(&store, 0, LANES, 1_000);
     assert_eq!(claim.take_events().len(), 30);
-    assert!(!claim.more());
+    assert!(!has_more(&claim));
 }
 
 #[test]
@@ -601,7 +610,7 @@ fn a_claim_is_bounded_in_bytes() {
             events.iter().map(|event| event.payload.len() + event.metadata.as_ref().unwrap().len()).sum();
         assert!(bytes <= usize::try_from(bound).unwrap(), "{bytes} B in {} events", events.len());
         let left = db.pending() > i64::try_from(events.len()).unwrap();
-        assert!(claim.more() || !left, "{} events left, and the claim does not say so", db.pending());
+        assert!(has_more(&claim) || !left, "{} events left, and the claim does not say so", db.pending());
         for event in &events {
             seen.entry(event.key.clone()).or_default().push(event.seq);
         }
@@ -625,10 +634,15 @@ fn an_event_larger_than_the_bound_comes_alone() {
         }
     }
     for left in (0..6).rev() {
+        let refused = try_lock(&store, 0, LANES, 1_000).unwrap().read(Large::Refused).unwrap();
+        assert!(refused.is_empty());
+        let lane = refused.too_large().unwrap();
+        refused.release().unwrap();
         let mut claim = claim(&store);
+        assert_eq!(claim.too_large(), None);
         let events = claim.take_events();
-        assert_eq!(events.len(), 1);
-        assert!(claim.more() || left == 0);
+        assert_eq!((events.len(), events[0].lane), (1, lane));
+        assert!(has_more(&claim) || left == 0);
         claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
         assert_eq!(db.pending(), left);
     }
@@ -925,7 +939,7 @@ impl Planned {
                         state,
                         mode,
                         &format!(
-                            "{read} ('{lanes}', 100, true, {block_on_dead}, 300000, 1000000, '{cursors}', 1000000)"
+                            "{read} ('{lanes}', 100, true, {block_on_dead}, 300000, 1000000, '{cursors}', 1000000, true)"
                         ),
                         2_500,
                     );

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::REST_MIN;
 use crate::cursors::{self, Basis, Cursors};
-use crate::store::{Found, LANES, ServerLife};
-use crate::worker::{Finished, Job};
+use crate::store::{Found, LANES, LaneEnd, ServerLife, StoreError};
+use crate::worker::{Finished, Job, Reading};
 
 /// Time between two readings of the horizon while claims are made.
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
@@ -38,12 +38,15 @@ pub(super) struct Search {
     claimed: [bool; cursors::LANES],
     /// Workers that wait for a claim.
     pub(super) idle_workers: usize,
-    /// What the claims of the other workers hold.
+    /// What the claims of the other workers hold at most.
     bytes_in_flight: usize,
+    /// How workers read the lanes they were given, since somebody asked.
+    readings: Readings,
     /// How many events a lane that is ready has, by the last claims.
     events_a_lane: f64,
-    /// The last nap.
+    /// The last nap, and the one before the last claim.
     nap: Duration,
+    nap_before: Duration,
     /// Since when there was always something to claim.
     pub(super) awake_since: Option<Instant>,
     /// Where the next look begins.
@@ -69,8 +72,10 @@ impl Search {
             claimed: [false; cursors::LANES],
             idle_workers: 0,
             bytes_in_flight: 0,
+            readings: Readings::default(),
             events_a_lane: WORTH_A_CLAIM,
             nap: Duration::ZERO,
+            nap_before: Duration::ZERO,
             awake_since: None,
             first_lane: fastrand::i32(0..LANES),
             looked_at: None,
@@ -83,7 +88,7 @@ impl Search {
     }
 
     /// A worker is free.
-    pub(super) fn finished(&mut self, finished: &Finished) {
+    pub(super) fn finished(&mut self, finished: Finished) {
         self.idle_workers += 1;
         self.bytes_in_flight = self.bytes_in_flight.saturating_sub(finished.bytes);
         if finished.database_failed {
@@ -97,6 +102,46 @@ impl Search {
                 self.ready.push_back(end.lane);
             }
         }
+        match finished.read {
+            Some(Ok(reading)) => self.was_read(reading, &finished.lanes),
+            Some(Err(error)) => {
+                let lanes: Vec<i32> = finished.lanes.iter().map(|end| end.lane).collect();
+                self.readings.failed = self.claim_failed(&lanes, error).err();
+            }
+            None => {}
+        }
+    }
+
+    fn was_read(&mut self, reading: Reading, lanes: &[LaneEnd]) {
+        self.readings.worked = true;
+        if let Some(lane) = reading.too_large {
+            self.care.failed(&[lane]);
+        } else if reading.events == 0 {
+            self.readings.in_vain = true;
+            self.nap = self.nap.max(self.nap_before);
+        } else {
+            self.weigh(reading.events, lanes.len(), lanes.iter().any(|lane| lane.more));
+        }
+    }
+
+    /// A claim of `lanes` failed, and their next claims are made with care if they can be the reason.
+    ///
+    /// # Errors
+    /// `error`, unless it says that an event cannot be read, which is what the care is for.
+    pub(super) fn claim_failed(&mut self, lanes: &[i32], error: StoreError) -> Result<(), StoreError> {
+        if error.sqlstate().is_some() {
+            self.care.failed(lanes);
+        }
+        if !error.is_unreadable() {
+            return Err(error);
+        }
+        log::warn!("claim failed, will read its lanes one by one: lanes={}: {error}", lanes.len());
+        Ok(())
+    }
+
+    /// How workers read what they were given, since the last time.
+    pub(super) fn take_readings(&mut self) -> Readings {
+        std::mem::take(&mut self.readings)
     }
 
     /// A connection was lost, or the server is another: nothing that is known holds.
@@ -194,19 +239,18 @@ impl Search {
 
     /// A claim went to a worker; returns for how long there was always something to claim.
     pub(super) fn sent(&mut self, job: &Job, now: Instant) -> Duration {
-        self.weigh(job.claim.len(), job.claim.lanes.len(), job.claim.more());
         self.idle_workers = self.idle_workers.saturating_sub(1);
         self.claimed_since_rewind = true;
         self.claimed_since_horizon = true;
         self.bytes_in_flight += job.bytes;
-        for &lane in &job.claim.lanes {
+        for &lane in job.lanes() {
             self.set_claimed(lane, true);
         }
-        self.nap = Duration::ZERO;
+        self.nap_before = std::mem::take(&mut self.nap);
         now.saturating_duration_since(*self.awake_since.get_or_insert(now))
     }
 
-    /// A claim found so many events in so many lanes, and perhaps there were more.
+    /// A claim had so many events in so many lanes, and perhaps there were more.
     fn weigh(&mut self, events: usize, lanes: usize, more: bool) {
         let found = if more { WORTH_A_CLAIM } else { events as f64 / lanes.max(1) as f64 };
         self.events_a_lane = f64::midpoint(self.events_a_lane, found).max(1.0);
@@ -238,6 +282,17 @@ impl Search {
     }
 }
 
+/// How workers read the lanes they were given.
+#[derive(Debug, Default)]
+pub(super) struct Readings {
+    /// Some reading worked.
+    pub(super) worked: bool,
+    /// Some reading found nothing: somebody else had settled it before.
+    pub(super) in_vain: bool,
+    /// The last one that failed, unless it will be told by [`Care`] why.
+    pub(super) failed: Option<StoreError>,
+}
+
 /// Lanes in which a claim has failed: one of their events may be at fault. Such a lane is claimed alone, at first one
 /// event and then, while it works, more and more; so the event at fault comes to be read alone.
 pub(super) struct Care {
@@ -259,6 +314,11 @@ impl Care {
             Some(&first) if self.limit_of(first).is_some() => 1,
             _ => lanes.take_while(|&lane| self.limit_of(lane).is_none()).count(),
         }
+    }
+
+    /// Whether the claim of `lanes` needs care.
+    pub(super) fn is_needed(&self, lanes: &[i32]) -> bool {
+        lanes.iter().any(|&lane| self.limit_of(lane).is_some())
     }
 
     /// How many events a claim of `lanes` may have, which is `batch` unless care is needed.
@@ -358,7 +418,7 @@ mod tests {
             search.bytes_in_flight = in_flight;
             assert_eq!(search.has_no_room(64, 16), full, "{in_flight}");
         }
-        search.finished(&Finished { bytes: 1_000, ..Finished::default() });
+        search.finished(Finished { bytes: 1_000, ..Finished::default() });
         assert!(!search.has_no_room(64, 16));
     }
 }

@@ -4,7 +4,8 @@
 //! locks on the lanes are what keeps every other claim off their keys, and they fall with the connection. Under READ
 //! COMMITTED a statement sees what was committed when it began, so a statement that locked and read at once could lock
 //! a lane that was settled a moment ago and still read its events as pending: two statements, never one. The claimer
-//! begins it ([`Opening`]), a worker settles it ([`Claim`]); dropping either rolls it back.
+//! begins it and locks lanes ([`Opening`]), a worker reads them ([`Locked`]) and settles the events ([`Claim`]);
+//! dropping any of them rolls it back.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -36,11 +37,11 @@ const FIND_FRESH: Query =
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
 const READ_ANY: Query = query!(
     "read_any": ["held", "read_before", "read_any", "read_after"],
-    INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8
+    INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8, BOOL
 );
 const READ_FRESH: Query = query!(
     "read_fresh": ["held", "read_before", "read_fresh", "read_after", "read_held"],
-    INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8
+    INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8, BOOL
 );
 const LEFT_OUT: Query = query!("left_out", INT4_ARRAY, INT8_ARRAY, INT8_ARRAY, INT8_ARRAY);
 const SETTLE_PUBLISHED: Query = query!("settle_published", UUID_ARRAY, TIMESTAMPTZ_ARRAY);
@@ -151,61 +152,28 @@ impl Opening {
         })
     }
 
-    /// Locks those of `lanes` that nobody else has claimed, and reads events of theirs, about as many of each lane;
-    /// fresh ones from above the cursors. A claim that found nothing holds no connection.
+    /// Locks those of `lanes` that nobody else has claimed; fresh events of theirs are then read from above the cursors.
+    /// When somebody else has them all no connection is held.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses; nothing stays locked.
-    pub fn claim(
-        self,
+    pub fn lock(
+        mut self,
         lanes: &[i32],
         limits: ClaimLimits,
         cursors: &[i64; cursors::LANES],
-    ) -> Result<Claim, StoreError> {
-        let settings = &self.shared.settings;
-        let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
-        let max_events = limits.events.max(1);
-        let max_lanes = limits.lanes.clamp(1, LANES.min(max_events));
-        let max_event_bytes = i64::try_from(limits.event_bytes).unwrap_or(i64::MAX);
-        let mut claim = Claim {
-            transaction: self.transaction,
-            lanes: Vec::new(),
-            server: ServerLife::default(),
-            reads: Vec::new(),
-            events: Vec::new(),
-        };
-        let rows = claim.transaction.query(&LOCK_LANES, &[&lanes, &max_lanes])?;
-        let Some(row) = rows.first() else { return claim.release_empty() };
-        claim.server = ServerLife::read(row).map_err(|error| StoreError::from(&error))?;
-        claim.lanes = read_all(&rows, |row| row.try_get(0))?;
+    ) -> Result<Locked, StoreError> {
+        let max_lanes = limits.lanes.clamp(1, LANES.min(limits.events.max(1)));
+        let rows = self.transaction.query(&LOCK_LANES, &[&lanes, &max_lanes])?;
+        let server = rows.first().map(ServerLife::read).transpose();
+        let server = server.map_err(|error| StoreError::from(&error))?.unwrap_or_default();
+        let lanes: Vec<i32> = read_all(&rows, |row| row.try_get(0))?;
+        if lanes.is_empty() {
+            self.transaction.roll_back()?;
+        }
         failpoint!("claim.locked");
-        let from = positions(&claim.lanes, cursors);
-        let params: &[&(dyn ToSql + Sync)] = &[
-            &claim.lanes,
-            &max_events,
-            &settings.ordered,
-            &(settings.ordered && settings.block_on_dead),
-            &backoff_max_ms,
-            &settings.max_claim_bytes,
-            &from,
-            &Some(max_event_bytes),
-        ];
-        let rows = read_events(&mut claim.transaction, &self.shared.held, params)?;
-        let read = read_all(&rows, |row| read_event(row, limits.event_bytes))?;
-        drop(rows);
-        if read.is_empty() {
-            return claim.release_empty();
-        }
-        claim.reads = lane_reads(&read, &claim.lanes, usize_of(max_events));
-        let held = read.iter().any(|row| row.held);
-        claim.events = read.into_iter().filter_map(|row| row.event).collect();
-        if held {
-            claim.find_left_out(&from)?;
-        }
-        // Within a lane the retries came first; a key's events go out in seq order.
-        claim.events.sort_by_key(|event| (event.lane, event.seq));
-        failpoint!("claim.read");
-        Ok(claim)
+        let from = positions(&lanes, cursors);
+        Ok(Locked { transaction: self.transaction, shared: self.shared, lanes, server, from, limits })
     }
 
     /// The event that a claim of one event of this lane would read; without its texts, so that nothing about it can
@@ -227,6 +195,7 @@ impl Opening {
                 &settings.max_claim_bytes,
                 &positions(lanes, cursors),
                 &None::<i64>,
+                &true,
             ],
         )?;
         let head = |row: &Row| -> Result<Head, postgres::Error> {
@@ -287,11 +256,87 @@ pub struct Head {
     attempts: i32,
 }
 
+/// Lanes locked, in an open transaction; their events are still to be read. Dropping it gives them back.
+pub struct Locked {
+    transaction: Transaction,
+    shared: Arc<Shared>,
+    /// Which lanes.
+    pub lanes: Vec<i32>,
+    /// The server that they are locked on.
+    pub server: ServerLife,
+    /// Their cursors.
+    from: Vec<i64>,
+    limits: ClaimLimits,
+}
+
+/// Whether a read may begin with an event that alone is larger than what a claim may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Large {
+    /// It may, and then is all that the read gives.
+    Alone,
+    /// It may not: then the claim is of no events, and [`Claim::too_large`] says where it is.
+    Refused,
+}
+
+impl Locked {
+    /// Reads events of the lanes, about as many of each lane. A claim that found nothing holds no connection.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses; nothing stays locked.
+    pub fn read(self, large: Large) -> Result<Claim, StoreError> {
+        let Locked { transaction, shared, lanes, server, from, limits } = self;
+        let mut claim = Claim { transaction, lanes, server, reads: Vec::new(), events: Vec::new() };
+        if claim.lanes.is_empty() {
+            return Ok(claim);
+        }
+        let settings = &shared.settings;
+        let backoff_max_ms = shared.backoff_max_ms.load(Ordering::Relaxed);
+        let max_events = limits.events.max(1);
+        let max_event_bytes = i64::try_from(limits.event_bytes).unwrap_or(i64::MAX);
+        let params: &[&(dyn ToSql + Sync)] = &[
+            &claim.lanes,
+            &max_events,
+            &settings.ordered,
+            &(settings.ordered && settings.block_on_dead),
+            &backoff_max_ms,
+            &settings.max_claim_bytes,
+            &from,
+            &Some(max_event_bytes),
+            &(large == Large::Alone),
+        ];
+        let rows = read_events(&mut claim.transaction, &shared.held, params)?;
+        let read = read_all(&rows, |row| read_event(row, limits.event_bytes))?;
+        drop(rows);
+        if read.is_empty() {
+            claim.transaction.roll_back()?;
+            return Ok(claim);
+        }
+        claim.reads = lane_reads(&read, &claim.lanes, usize_of(max_events));
+        let held = read.iter().any(|row| row.held);
+        claim.events = read.into_iter().filter_map(|row| row.event).collect();
+        if held && !claim.events.is_empty() {
+            claim.find_left_out(&from)?;
+        }
+        // Within a lane the retries came first; a key's events go out in seq order.
+        claim.events.sort_by_key(|event| (event.lane, event.seq));
+        failpoint!("claim.read");
+        Ok(claim)
+    }
+
+    /// Gives the lanes back.
+    ///
+    /// # Errors
+    /// The connection was lost, which gives them back as well.
+    pub fn release(mut self) -> Result<(), StoreError> {
+        self.transaction.roll_back()
+    }
+}
+
 /// Lanes locked plus their events read, in one open transaction. Ends by [`Claim::settle`], by
 /// [`Claim::release`], or by being dropped, which releases it too.
 pub struct Claim {
     transaction: Transaction,
-    /// The lanes locked; empty when there was nothing to claim.
+    /// The lanes locked.
     pub lanes: Vec<i32>,
     /// The server that this claim was made on.
     pub server: ServerLife,
@@ -348,6 +393,13 @@ pub struct LaneEnd {
     pub more: bool,
 }
 
+impl LaneEnd {
+    /// For lanes of which nothing was found out.
+    pub fn unmoved(lanes: &[i32]) -> Vec<LaneEnd> {
+        lanes.iter().map(|&lane| LaneEnd { lane, reach: cursors::BEGINNING, more: false }).collect()
+    }
+}
+
 impl Claim {
     /// The events read, for whoever publishes them; by lane, each lane in `seq` order. Empty the second time.
     pub fn take_events(&mut self) -> Vec<Event> {
@@ -365,14 +417,15 @@ impl Claim {
         self.events.iter().map(bytes).sum()
     }
 
-    /// True when nothing was found to claim.
+    /// True when no event was read, or none is left to take.
     pub fn is_empty(&self) -> bool {
-        self.lanes.is_empty()
+        self.events.is_empty()
     }
 
-    /// True when one of its limits cut this claim short: its lanes have more.
-    pub fn more(&self) -> bool {
-        self.reads.iter().any(LaneRead::is_cut)
+    /// The lane of the event that was too large to be read ([`Large::Refused`]) and kept the claim from having any.
+    pub fn too_large(&self) -> Option<i32> {
+        let cut = self.reads.iter().find(|read| read.is_cut());
+        cut.filter(|_| self.is_empty()).map(|read| read.lane)
     }
 
     /// What these outcomes mean for the claim's lanes, once they are settled; `untouched` are the events that stay as
@@ -426,13 +479,6 @@ impl Claim {
     /// The connection was lost, which releases the claim as well.
     pub fn release(mut self) -> Result<(), StoreError> {
         self.transaction.roll_back()
-    }
-
-    /// Rolls back a claim that has found nothing and returns it as an empty one.
-    fn release_empty(mut self) -> Result<Claim, StoreError> {
-        self.transaction.roll_back()?;
-        self.lanes.clear();
-        Ok(self)
     }
 
     /// Finds the first fresh event that each lane's read has passed over.

@@ -2,8 +2,7 @@
 -- what picks them: read_any.sql or read_fresh.sql.
 --
 -- Each of the k lanes gives up to its share of $2 events, $2 / k, in seq order, so that what is left out of a key is
--- always its tail. Together they stay within $6 bytes of payload and metadata; the very first event comes whatever its
--- size. Where bytes cut a lane or the claim short, the first event left out comes as a row with a NULL payload.
+-- always its tail. Together they stay within $6 bytes of payload and metadata, but for the very first event. Where bytes cut a lane or the claim short, the first event left out comes as a row with a NULL payload.
 --
 -- Bytes are cut twice. Each lane first (`sized`), by the stored size, which costs nothing to know
 -- (compressed values count four times): what does not fit the lane's share of $6 is neither detoasted nor
@@ -18,12 +17,13 @@
 -- because a retry or a dead letter holds its key; left_out.sql finds the first of them.
 --
 -- $1 int[]: lanes. $2 int: events at most. $3, $4, $5: as in find_lanes.sql. $6 bigint: bytes at most. $7 bigint[]:
--- the lanes' cursors. $8 bigint: bytes that a payload, or a metadata, has at most; NULL: no texts at all.
+-- the lanes' cursors. $8 bigint: bytes that a payload, or a metadata, has at most; NULL: no texts at all. $9 bool: the
+-- very first event comes whatever its size; else it is left out like any other that does not fit.
 SELECT lane, id, seq, created_at, topic, key, attempts, in_retry,
-       CASE WHEN bytes_so_far <= $6 OR place = 1 THEN metadata END AS metadata,
-       CASE WHEN bytes_so_far <= $6 OR place = 1 THEN payload END AS payload,
+       CASE WHEN bytes_so_far <= $6 OR place = 1 AND $9 THEN metadata END AS metadata,
+       CASE WHEN bytes_so_far <= $6 OR place = 1 AND $9 THEN payload END AS payload,
        (SELECT by_retry OR by_dead FROM held) AS held,
-       CASE WHEN bytes_so_far <= $6 OR place = 1 THEN oversize END AS oversize
+       CASE WHEN bytes_so_far <= $6 OR place = 1 AND $9 THEN oversize END AS oversize
   FROM (
 SELECT texts.*,
        sum(bytes) OVER (ROWS UNBOUNDED PRECEDING) AS bytes_so_far,

@@ -18,7 +18,7 @@ use crate::event::{Event, Outcome};
 use crate::headers::HeaderPolicy;
 use crate::publisher::raw::{Message, Raw};
 use crate::publisher::streams::Batches;
-use crate::store::{ClaimLimits, ClaimSettings, LANES, Store};
+use crate::store::{ClaimLimits, ClaimSettings, LANES, Large, Store};
 
 /// Messages without an ack at most: where the service's own limit is, and a stream's is not far.
 const WINDOW: usize = 5_000;
@@ -120,7 +120,7 @@ fn claim_all(store: &Store, lanes: &[i32], batch: usize) -> Result<Vec<Event>> {
     let mut cursors = [cursors::BEGINNING; cursors::LANES];
     let mut all = Vec::new();
     loop {
-        let mut claim = store.open()?.claim(lanes, limits, &cursors)?;
+        let mut claim = store.open()?.lock(lanes, limits, &cursors)?.read(Large::Alone)?;
         if claim.is_empty() {
             return Ok(all);
         }
