@@ -8,6 +8,7 @@ mod greeting;
 mod keeper;
 mod link;
 mod login;
+mod patience;
 pub mod raw;
 pub mod reader;
 mod session;

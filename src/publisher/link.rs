@@ -26,6 +26,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::greeting::Greeting;
 use super::login::Login;
+use super::patience::Patience;
 use super::tunnel::{self, Plan};
 use crate::answer;
 use crate::boottime::Boottime;
@@ -149,14 +150,18 @@ impl Writer {
 
     /// Writes what comes until the link is down; one flush for all that was waiting.
     fn write(&self) -> std::io::Result<()> {
+        let mut patience = Patience::default();
         loop {
-            let mut next = select! {
-                recv(self.outgoing) -> chunk => match chunk {
-                    Ok(chunk) => Some(chunk),
-                    Err(_) => return Ok(()),
-                },
-                recv(self.down.ended) -> _ => return Ok(()),
-            };
+            let mut next = patience.look(|| self.outgoing.try_recv().ok());
+            if next.is_none() {
+                next = select! {
+                    recv(self.outgoing) -> chunk => match chunk {
+                        Ok(chunk) => Some(chunk),
+                        Err(_) => return Ok(()),
+                    },
+                    recv(self.down.ended) -> _ => return Ok(()),
+                };
+            }
             let mut unflushed = 0;
             while let Some(chunk) = next {
                 for message in &chunk {

@@ -5,14 +5,15 @@
 //! calls that first. Acks that arrive for a claim long settled carry a token that nobody waits for; the one who hears
 //! them drops them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crossbeam_channel::{Select, TrySendError, select};
+use crossbeam_channel::{Receiver, Select, TrySendError, select};
 
 use super::link::{Body, CHUNK_MESSAGES, Inbound, Link, NotAfter, Written};
+use super::patience::Patience;
 use crate::answer::{self, Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::config;
@@ -100,6 +101,8 @@ pub struct Session {
     chunk: RefCell<Vec<Written>>,
     /// Set by the writer when it came to a message of this session too late.
     dropped: Arc<AtomicBool>,
+    /// Of its waits for answers.
+    patience: Cell<Patience>,
 }
 
 /// Kinds of tokens: what is asked with them.
@@ -112,7 +115,14 @@ impl Session {
         // The server names no message in a denial, so every slot is told of every one. What was denied before
         // this session sent anything says nothing of what it will send: the permission may be there by now.
         while link.denials[slot].try_recv().is_ok() {}
-        Session { link, slot, jetstream, chunk: RefCell::default(), dropped: Arc::default() }
+        Session {
+            link,
+            slot,
+            jetstream,
+            chunk: RefCell::default(),
+            dropped: Arc::default(),
+            patience: Cell::default(),
+        }
     }
 
     /// Takes the link down: nobody uses it any more.
@@ -230,10 +240,9 @@ impl Session {
     pub fn hear(&self, deadline: Instant) -> Heard {
         loop {
             // An answer is there more often than not, and costs little to take where nobody has to wait for it.
-            let heard = match self.link.inboxes[self.slot].try_recv() {
-                Ok(message) => self.read(&message),
-                Err(_) => self.wait(deadline),
-            };
+            let inbox = &self.link.inboxes[self.slot];
+            let there = inbox.try_recv().ok().or_else(|| self.watch(inbox, deadline));
+            let heard = there.map_or_else(|| self.wait(deadline), |message| self.read(&message));
             match heard {
                 // An echo may have come back over a connection that the crate has made underneath, after this
                 // link lost its own: that proves nothing, and the link is marked down before such a connection.
@@ -244,6 +253,17 @@ impl Session {
                 None => {}
             }
         }
+    }
+
+    /// An answer that comes in a moment, unless the deadline has passed.
+    fn watch(&self, inbox: &Receiver<Inbound>, deadline: Instant) -> Option<Inbound> {
+        if deadline <= Instant::now() {
+            return None;
+        }
+        let mut patience = self.patience.get();
+        let message = patience.look(|| inbox.try_recv().ok());
+        self.patience.set(patience);
+        message
     }
 
     /// The next thing that comes; `None` for what means nothing. Does not wait at all once the deadline has passed.
