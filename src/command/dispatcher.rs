@@ -100,6 +100,8 @@ impl Program {
         for name in OVERRIDES {
             command.env_remove(name);
         }
+        // As the units have it.
+        command.env("MALLOC_ARENA_MAX", "2");
         Ok(command)
     }
 }
