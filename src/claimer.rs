@@ -262,7 +262,8 @@ impl Claimer {
     /// Looks for lanes if that is due, and claims a free worker's share of what is known.
     fn attempt(&self, search: &mut Search) -> Result<Attempt, StoreError> {
         search.rewind_after(self.fallback_interval, Instant::now());
-        if search.horizon_is_due(Instant::now()) {
+        // Not before the first claim after a rest, for which somebody waits.
+        if search.awake_since.is_some() && search.horizon_is_due(Instant::now()) {
             match self.store.horizon()? {
                 Some(reading) => search.cursors.observe(reading),
                 None => search.go_without_cursors(),
