@@ -85,20 +85,44 @@ pub(super) struct Drain {
 /// A point of a curve: seconds since the first message, and events published until then.
 pub(super) type Point = (f64, f64);
 
-/// An INSERT of events `$1` to `$2`, of about 450 bytes of payload and metadata each.
-pub(super) fn insert_sql(keys: Keys) -> String {
+/// A SELECT of `number`, topic, metadata and payload of the events `first` to `last`, which are SQL: of about 450 bytes of
+/// payload and metadata each.
+fn events_sql(keys: Keys, number: &str, first: &str, last: &str) -> String {
     format!(
-        "INSERT INTO outboxes (topic, metadata, payload)
-         SELECT 'order.placed',
+        "SELECT {number} 'order.placed' AS topic,
                 jsonb_build_object('ordering-key', {}, 'content-type', 'application/json',
-                                   'trace-id', md5(n::text), 'tenant', 'tenant-' || n % 7),
+                                   'trace-id', md5(n::text), 'tenant', 'tenant-' || n % 7) AS metadata,
                 jsonb_build_object('n', n, 'order', md5((n * 7)::text), 'customer', 'customer-' || n % 1000,
                                    'amount', n % 100000, 'currency', 'EUR', 'lines',
                                    jsonb_build_array(md5((n * 3)::text), md5((n * 5)::text), md5((n * 11)::text)),
-                                   'note', repeat('It will be delivered. ', 4))
-           FROM generate_series($1::bigint, $2::bigint) AS n",
+                                   'note', repeat('It will be delivered. ', 4)) AS payload
+           FROM generate_series({first}::bigint, {last}::bigint) AS n",
         keys.sql()
     )
+}
+
+/// An INSERT of events `$1` to `$2`.
+pub(super) fn insert_sql(keys: Keys) -> String {
+    format!("INSERT INTO outboxes (topic, metadata, payload) {}", events_sql(keys, "", "$1", "$2"))
+}
+
+/// An INSERT of events `$1` to `$2` out of those that [`prepare`] has made.
+pub(super) const INSERT_PREPARED: &str = "INSERT INTO outboxes (topic, metadata, payload)
+     SELECT topic, metadata, payload FROM prepared_events WHERE n BETWEEN $1 AND $2";
+
+/// Makes events 1 to `count`, and lays them aside. Applications make theirs elsewhere; here that would take as much of
+/// the processors as to insert them does.
+pub(super) fn prepare(session: &mut Plain, keys: Keys, count: i64) -> Result<()> {
+    let events = events_sql(keys, "n,", "1", &count.to_string());
+    for sql in [
+        "DROP TABLE IF EXISTS prepared_events",
+        &format!("CREATE UNLOGGED TABLE prepared_events AS {events}"),
+        "CREATE UNIQUE INDEX ON prepared_events (n)",
+        "ANALYZE prepared_events",
+    ] {
+        session.run(sql)?;
+    }
+    Ok(())
 }
 
 /// Loads events 1 to `count` by `sql`, which is as [`insert_sql`] makes it: in several sessions at the same time, as

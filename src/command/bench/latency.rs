@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use super::Bench;
-use super::drain::{Keys, empty, insert_sql};
+use super::drain::{INSERT_PREPARED, Keys, empty, prepare};
 use super::place::{Dispatch, Outbox, Statements};
 use crate::command::dispatcher::Dispatcher;
 use crate::publisher::reader::StreamReader;
@@ -43,7 +43,9 @@ pub(super) struct Load {
 impl Load {
     /// Writes events at this rate and notes when they were stored.
     pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox) -> Result<()> {
-        empty(&mut outbox.session()?)?;
+        let mut session = outbox.session()?;
+        prepare(&mut session, Keys::Many(1_000), self.transactions() * self.events)?;
+        empty(&mut session)?;
         bench.place.fresh_stream(Batches::None)?;
         let dispatch = Dispatch {
             workers: bench.scale.workers,
@@ -68,13 +70,22 @@ impl Load {
         Ok(())
     }
 
+    /// Transactions a second.
+    fn per_second(&self) -> f64 {
+        self.rate / self.events as f64
+    }
+
+    /// Transactions in all.
+    fn transactions(&self) -> i64 {
+        (self.per_second() * self.lasts.as_secs_f64()).round().max(1.0) as i64
+    }
+
     /// Returns for each event, by its number from 1 on, when its COMMIT was answered, in ns since 1970.
     fn write(&self, outbox: &Outbox) -> Result<Vec<i64>> {
-        let per_second = self.rate / self.events as f64;
-        let transactions = (per_second * self.lasts.as_secs_f64()).round().max(1.0) as i64;
+        let (per_second, transactions) = (self.per_second(), self.transactions());
         let mut sessions = Vec::new();
         for _ in 0..self.writers {
-            sessions.push(outbox.session()?.into_insert(&insert_sql(Keys::Many(1_000)))?);
+            sessions.push(outbox.session()?.into_insert(INSERT_PREPARED)?);
         }
         let began = Instant::now();
         let writers = sessions.len();
