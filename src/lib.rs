@@ -4,10 +4,9 @@
 //! # The map
 //!
 //! An application inserts events into `outboxes` in the transaction of its business rows. The **claimer** thread
-//! locks lanes (hash buckets of keys) that have pending events and reads those, in a transaction that stays open.
-//! The claim travels over a channel to a **worker**, which publishes its events through the one connection to
-//! NATS, writes the outcomes in the claim's own transaction, and commits: that frees the lanes. If anything dies
-//! on the way, PostgreSQL rolls back and the events are pending again.
+//! locks lanes (hash buckets of keys) that have pending events, in a transaction that stays open. The claim travels over
+//! a channel to a **worker**, which reads the events, publishes them through the one connection to NATS, writes the
+//! outcomes in the claim's own transaction, and commits: that frees the lanes. If anything dies on the way, PostgreSQL rolls back and the events are pending again.
 //!
 //! What always holds: an event is marked published only after NATS acknowledged it; of a key at most one event is
 //! in flight anywhere; an outage of NATS is charged to no event; every wait for NATS has a deadline, every channel

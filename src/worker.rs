@@ -1,11 +1,11 @@
 //! A worker: reads, publishes and settles one claim at a time, all on the claim's own connection.
 //!
 //! It announces that it is free, receives lanes that the claimer has locked, reads their events, publishes them through
-//! its slot of the publisher, and writes the outcomes in the transaction that holds the lanes. The crash windows: before an ack, the event is
-//! pending and its lane free as soon as the connection falls; after the ack and before the commit, the event is
-//! published again and JetStream drops it by its message id. After a settle that failed, this process remembers what
-//! it published and only settles it the next time. Lanes received while the service drains are
-//! released unread. Ends when the claimer hangs up.
+//! its slot of the publisher, and writes the outcomes in the transaction that holds the lanes. The crash windows: before
+//! an ack, the event is pending and its lane free as soon as the connection falls; after the ack and before the commit,
+//! the event is published again and JetStream drops it by its message id. After a settle that failed, this process
+//! remembers what it published and only settles it the next time. Lanes received while the service drains are released
+//! unread. Ends when the claimer hangs up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};

@@ -106,7 +106,9 @@ impl Search {
             Some(Ok(reading)) => self.was_read(reading, &finished.lanes),
             Some(Err(error)) => {
                 let lanes: Vec<i32> = finished.lanes.iter().map(|end| end.lane).collect();
-                self.readings.failed = self.claim_failed(&lanes, error).err();
+                if let Err(error) = self.claim_failed(&lanes, error) {
+                    self.readings.failed = Some(error);
+                }
             }
             None => {}
         }
@@ -383,6 +385,38 @@ mod tests {
         care.failed(&[3]);
         care.worked(&[3], 1);
         assert_eq!(next(&care, &[3]), (1, 100), "a batch of one needs no care beyond that");
+    }
+
+    #[test]
+    fn how_workers_read_is_taken_in() {
+        let mut search = Search::new(Instant::now());
+        let read = |search: &mut Search, lane: i32, more: bool, read: Result<Reading, StoreError>| {
+            let lanes = vec![LaneEnd { lane, reach: cursors::BEGINNING, more }];
+            let basis = Some(search.cursors.basis());
+            search.finished(Finished { basis, lanes, read: Some(read), ..Finished::default() });
+        };
+        let error = |sqlstate: Option<&str>, outage: bool| StoreError {
+            text: "it fails".into(),
+            sqlstate: sqlstate.map(Into::into),
+            outage,
+        };
+        read(&mut search, 1, false, Ok(Reading { events: 7, too_large: None }));
+        let readings = search.take_readings();
+        assert!(readings.worked && !readings.in_vain && readings.failed.is_none());
+        read(&mut search, 2, false, Ok(Reading { events: 0, too_large: None }));
+        assert!(search.take_readings().in_vain);
+        read(&mut search, 3, true, Ok(Reading { events: 0, too_large: Some(3) }));
+        assert!(!search.take_readings().in_vain && search.care.is_needed(&[3]));
+        assert_eq!(search.ready, [3], "it is claimed again, with care");
+        // Nobody knows which event it is, and the next claims will tell.
+        read(&mut search, 4, false, Err(error(Some("22P05"), false)));
+        let readings = search.take_readings();
+        assert!(!readings.worked && readings.failed.is_none() && search.care.is_needed(&[4]));
+        read(&mut search, 5, false, Err(error(None, true)));
+        read(&mut search, 6, false, Err(error(Some("22P05"), false)));
+        assert!(search.take_readings().failed.is_some(), "one does not hide the other");
+        assert!(!search.care.is_needed(&[5]), "it is no event's fault");
+        assert!(search.take_readings().failed.is_none(), "it is told once");
     }
 
     #[test]

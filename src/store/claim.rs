@@ -170,8 +170,9 @@ impl Opening {
         let lanes: Vec<i32> = read_all(&rows, |row| row.try_get(0))?;
         if lanes.is_empty() {
             self.transaction.roll_back()?;
+        } else {
+            failpoint!("claim.locked");
         }
-        failpoint!("claim.locked");
         let from = positions(&lanes, cursors);
         Ok(Locked { transaction: self.transaction, shared: self.shared, lanes, server, from, limits })
     }

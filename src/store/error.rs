@@ -11,9 +11,9 @@ const QUOTES_A_ROW: [&str; 3] = ["23502", "23514", "44000"];
 /// Why PostgreSQL did not do something. Displays as `SQLSTATE: message (detail)` where it is the server's word.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreError {
-    pub(super) text: String,
-    pub(super) sqlstate: Option<String>,
-    pub(super) outage: bool,
+    pub(crate) text: String,
+    pub(crate) sqlstate: Option<String>,
+    pub(crate) outage: bool,
 }
 
 impl StoreError {

@@ -435,3 +435,30 @@ fn memory_is_bounded_whatever_the_payloads() {
     assert_eq!((db.dead(), db.published()), (2, 6), "{}", daemon.log());
     assert!(peak < IN_FLIGHT + 4 * LARGE + PROGRAM, "{peak} B");
 }
+
+/// Workers read at the same time, each its share; what is being read stands there in up to three more copies.
+#[test]
+fn memory_is_bounded_while_every_worker_reads() {
+    const IN_FLIGHT: u64 = 64 << 20;
+    const PROGRAM: u64 = 64 << 20;
+    let db = database();
+    let nats = start_nats("max_payload: 8MB\nmax_pending: 256MB");
+    let stream = TestStream::on(&nats.url(), &json!({}));
+    let config = Config::new(&db, &stream)
+        .set("dispatcher.workers", 8)
+        .set("dispatcher.batch_size", 5_000)
+        .set("database.max_connections", 12)
+        .set("dispatcher.max_in_flight_bytes", "64MiB")
+        .set("nats.ack_timeout", "60s");
+    db.execute(
+        "INSERT INTO outboxes (topic, metadata, payload)
+         SELECT 'large.x', jsonb_build_object('ordering-key', 'k' || n), to_jsonb(repeat('x', 500000))
+           FROM generate_series(1, 600) n",
+    );
+    let daemon = Daemon::start(&config);
+    wait_drained(&db, &stream, &[&daemon], LIMIT);
+    let peak = peak_memory(daemon.pid());
+    println!("peak {} MB", peak / 1_000_000);
+    assert_eq!((db.dead(), db.published()), (0, 600), "{}", daemon.log());
+    assert!(peak < 4 * IN_FLIGHT + PROGRAM, "{peak} B");
+}
