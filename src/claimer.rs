@@ -1,12 +1,12 @@
 //! The claimer: one thread that begins claims and hands each to a worker that is free.
 //!
 //! It claims only for a free worker and only while the gate is open, so no lane is locked without somebody to
-//! publish its events. It locks lanes, and the worker reads them, so that a claim takes little of this one thread. Where
-//! a read has failed, or met an event that is larger than a claim may be, it reads the lane itself, first one event and
-//! then more and more. One look into the lanes feeds the claims that follow: what it found is shared out among the
-//! free workers, and a lane that had more than its claim could take goes back to the end of the queue, so that no
-//! lane starves. Looks and reads begin at the lanes' cursors (see `cursors.rs`); what is known of the lanes is in
-//! `claimer/search.rs`.
+//! publish its events. It locks lanes, and the worker reads them, so that a claim takes little of this one thread.
+//! Where a read has failed, or met an event that is larger than a claim may be, it reads the lane itself: first one
+//! event, and then more and more. One look into the lanes feeds the claims that follow: what it found is shared out
+//! among the free workers, and a lane that had more than its claim could take goes back to the end of the queue, so
+//! that no lane starves. Looks and reads begin at the lanes' cursors (see `cursors.rs`); what is known of the lanes is
+//! in `claimer/search.rs`.
 //!
 //! An empty look lets it rest until something may have changed: a wake-up; a worker that finished (its lanes were
 //! locked, so events that were committed meanwhile could not be claimed); the next retry that falls due; or the
