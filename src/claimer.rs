@@ -115,11 +115,11 @@ impl Claimer {
             }
             // A wake-up before the look's snapshot is answered by the look itself.
             let _ = self.doze.wake_ups().try_recv();
-            let readings = search.take_readings();
-            let worked = readings.worked;
-            let attempt = match readings.failed {
+            let news = search.take_news();
+            let worked = news.worked;
+            let attempt = match news.failed {
                 Some(error) => Err(error),
-                None if readings.in_vain && search.ready.is_empty() => Ok(Attempt::Elsewhere),
+                None if news.in_vain && search.ready.is_empty() => Ok(Attempt::Elsewhere),
                 None => self.attempt(&mut search),
             };
             // Whether a claim works is known once it was read.
@@ -302,7 +302,7 @@ impl Claimer {
     /// back.
     fn missed(search: &mut Search, locked: &Locked) -> Option<Attempt> {
         if locked.lanes.is_empty() {
-            return Some(if search.ready.is_empty() { Attempt::Elsewhere } else { Attempt::Missed });
+            return Some(Self::got_nothing(search));
         }
         if locked.server != search.server {
             // Also the first time. What would be read with the cursors of another life is not read.
@@ -311,6 +311,11 @@ impl Claimer {
             return Some(Attempt::Missed);
         }
         None
+    }
+
+    /// Somebody else has, or had, what was tried.
+    fn got_nothing(search: &Search) -> Attempt {
+        if search.ready.is_empty() { Attempt::Elsewhere } else { Attempt::Missed }
     }
 
     /// Claims lanes in which a claim has failed, and reads them here.
@@ -343,7 +348,7 @@ impl Claimer {
         };
         search.care.worked(&claim.lanes, batch);
         if claim.is_empty() {
-            return Ok(if search.ready.is_empty() { Attempt::Elsewhere } else { Attempt::Missed });
+            return Ok(Self::got_nothing(search));
         }
         let bytes = claim.bytes();
         let stage = Stage::Read(claim, Boottime::now());

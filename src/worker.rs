@@ -63,12 +63,12 @@ pub struct Finished {
     /// Bytes that the claim might have held.
     pub bytes: usize,
     /// How its events were read; `None` if they were not.
-    pub read: Option<Result<Reading, StoreError>>,
+    pub read: Option<Result<ReadSummary, StoreError>>,
 }
 
 /// What a worker read.
 #[derive(Debug, Clone, Copy)]
-pub struct Reading {
+pub struct ReadSummary {
     /// How many events.
     pub events: usize,
     /// The lane of an event that is too large to be read beside other claims.
@@ -138,15 +138,15 @@ impl Worker {
                 Err(error) => return Finished { lanes, read: Some(Err(error)), ..Finished::default() },
             },
         };
-        let reading = Reading { events: claim.len(), too_large: claim.too_large() };
+        let summary = ReadSummary { events: claim.len(), too_large: claim.too_large() };
         let finished = if claim.is_empty() {
-            let lanes = if reading.too_large.is_some() { claim.ends([]) } else { lanes };
+            let lanes = if summary.too_large.is_some() { claim.ends([]) } else { lanes };
             Finished { lanes, database_failed: !give_back(&claim.release()), ..Finished::default() }
         } else {
-            self.metrics.claimed(reading.events);
+            self.metrics.claimed(summary.events);
             self.publish_and_settle(claim, read_at)
         };
-        Finished { read: Some(Ok(reading)), ..finished }
+        Finished { read: Some(Ok(summary)), ..finished }
     }
 
     fn publish_and_settle(&self, mut claim: Claim, read_at: Boottime) -> Finished {

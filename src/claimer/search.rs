@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::REST_MIN;
 use crate::cursors::{self, Basis, Cursors};
 use crate::store::{Found, LANES, LaneEnd, ServerLife, StoreError};
-use crate::worker::{Finished, Job, Reading};
+use crate::worker::{Finished, Job, ReadSummary};
 
 /// Time between two readings of the horizon while claims are made.
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
@@ -41,7 +41,7 @@ pub(super) struct Search {
     /// What the claims of the other workers hold at most.
     bytes_in_flight: usize,
     /// How workers read the lanes they were given, since somebody asked.
-    readings: Readings,
+    news: ReadNews,
     /// How many events a lane that is ready has, by the last claims.
     events_a_lane: f64,
     /// The last nap, and the one before the last claim.
@@ -72,7 +72,7 @@ impl Search {
             claimed: [false; cursors::LANES],
             idle_workers: 0,
             bytes_in_flight: 0,
-            readings: Readings::default(),
+            news: ReadNews::default(),
             events_a_lane: WORTH_A_CLAIM,
             nap: Duration::ZERO,
             nap_before: Duration::ZERO,
@@ -103,26 +103,26 @@ impl Search {
             }
         }
         match finished.read {
-            Some(Ok(reading)) => self.was_read(reading, &finished.lanes),
+            Some(Ok(summary)) => self.was_read(summary, &finished.lanes),
             Some(Err(error)) => {
                 let lanes: Vec<i32> = finished.lanes.iter().map(|end| end.lane).collect();
                 if let Err(error) = self.claim_failed(&lanes, error) {
-                    self.readings.failed = Some(error);
+                    self.news.failed = Some(error);
                 }
             }
             None => {}
         }
     }
 
-    fn was_read(&mut self, reading: Reading, lanes: &[LaneEnd]) {
-        self.readings.worked = true;
-        if let Some(lane) = reading.too_large {
+    fn was_read(&mut self, summary: ReadSummary, lanes: &[LaneEnd]) {
+        self.news.worked = true;
+        if let Some(lane) = summary.too_large {
             self.care.failed(&[lane]);
-        } else if reading.events == 0 {
-            self.readings.in_vain = true;
+        } else if summary.events == 0 {
+            self.news.in_vain = true;
             self.nap = self.nap.max(self.nap_before);
         } else {
-            self.weigh(reading.events, lanes.len(), lanes.iter().any(|lane| lane.more));
+            self.weigh(summary.events, lanes.len(), lanes.iter().any(|lane| lane.more));
         }
     }
 
@@ -142,8 +142,8 @@ impl Search {
     }
 
     /// How workers read what they were given, since the last time.
-    pub(super) fn take_readings(&mut self) -> Readings {
-        std::mem::take(&mut self.readings)
+    pub(super) fn take_news(&mut self) -> ReadNews {
+        std::mem::take(&mut self.news)
     }
 
     /// A connection was lost, or the server is another: nothing that is known holds.
@@ -286,7 +286,7 @@ impl Search {
 
 /// How workers read the lanes they were given.
 #[derive(Debug, Default)]
-pub(super) struct Readings {
+pub(super) struct ReadNews {
     /// Some reading worked.
     pub(super) worked: bool,
     /// Some reading found nothing: somebody else had settled it before.
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn how_workers_read_is_taken_in() {
         let mut search = Search::new(Instant::now());
-        let read = |search: &mut Search, lane: i32, more: bool, read: Result<Reading, StoreError>| {
+        let read = |search: &mut Search, lane: i32, more: bool, read: Result<ReadSummary, StoreError>| {
             let lanes = vec![LaneEnd { lane, reach: cursors::BEGINNING, more }];
             let basis = Some(search.cursors.basis());
             search.finished(Finished { basis, lanes, read: Some(read), ..Finished::default() });
@@ -400,23 +400,23 @@ mod tests {
             sqlstate: sqlstate.map(Into::into),
             outage,
         };
-        read(&mut search, 1, false, Ok(Reading { events: 7, too_large: None }));
-        let readings = search.take_readings();
-        assert!(readings.worked && !readings.in_vain && readings.failed.is_none());
-        read(&mut search, 2, false, Ok(Reading { events: 0, too_large: None }));
-        assert!(search.take_readings().in_vain);
-        read(&mut search, 3, true, Ok(Reading { events: 0, too_large: Some(3) }));
-        assert!(!search.take_readings().in_vain && search.care.is_needed(&[3]));
+        read(&mut search, 1, false, Ok(ReadSummary { events: 7, too_large: None }));
+        let news = search.take_news();
+        assert!(news.worked && !news.in_vain && news.failed.is_none());
+        read(&mut search, 2, false, Ok(ReadSummary { events: 0, too_large: None }));
+        assert!(search.take_news().in_vain);
+        read(&mut search, 3, true, Ok(ReadSummary { events: 0, too_large: Some(3) }));
+        assert!(!search.take_news().in_vain && search.care.is_needed(&[3]));
         assert_eq!(search.ready, [3], "it is claimed again, with care");
         // Nobody knows which event it is, and the next claims will tell.
         read(&mut search, 4, false, Err(error(Some("22P05"), false)));
-        let readings = search.take_readings();
-        assert!(!readings.worked && readings.failed.is_none() && search.care.is_needed(&[4]));
+        let news = search.take_news();
+        assert!(!news.worked && news.failed.is_none() && search.care.is_needed(&[4]));
         read(&mut search, 5, false, Err(error(None, true)));
         read(&mut search, 6, false, Err(error(Some("22P05"), false)));
-        assert!(search.take_readings().failed.is_some(), "one does not hide the other");
+        assert!(search.take_news().failed.is_some(), "one does not hide the other");
         assert!(!search.care.is_needed(&[5]), "it is no event's fault");
-        assert!(search.take_readings().failed.is_none(), "it is told once");
+        assert!(search.take_news().failed.is_none(), "it is told once");
     }
 
     #[test]

@@ -285,8 +285,8 @@ impl Locked {
     /// # Errors
     /// PostgreSQL is out of reach or refuses; nothing stays locked.
     pub fn read(self, large: Large) -> Result<Claim, StoreError> {
-        let Locked { transaction, shared, lanes, server, from, limits } = self;
-        let mut claim = Claim { transaction, lanes, server, reads: Vec::new(), events: Vec::new() };
+        let Locked { transaction, shared, lanes, from, limits, .. } = self;
+        let mut claim = Claim { transaction, lanes, reads: Vec::new(), events: Vec::new() };
         if claim.lanes.is_empty() {
             return Ok(claim);
         }
@@ -339,8 +339,6 @@ pub struct Claim {
     transaction: Transaction,
     /// The lanes locked.
     pub lanes: Vec<i32>,
-    /// The server that this claim was made on.
-    pub server: ServerLife,
     /// How each lane was read.
     reads: Vec<LaneRead>,
     events: Vec<Event>,

@@ -2,7 +2,8 @@
 -- what picks them: read_any.sql or read_fresh.sql.
 --
 -- Each of the k lanes gives up to its share of $2 events, $2 / k, in seq order, so that what is left out of a key is
--- always its tail. Together they stay within $6 bytes of payload and metadata, but for the very first event. Where bytes cut a lane or the claim short, the first event left out comes as a row with a NULL payload.
+-- always its tail. Together they stay within $6 bytes of payload and metadata, but for the very first event ($9). Where
+-- bytes cut a lane or the claim short, the first event left out comes as a row with a NULL payload.
 --
 -- Bytes are cut twice. Each lane first (`sized`), by the stored size, which costs nothing to know
 -- (compressed values count four times): what does not fit the lane's share of $6 is neither detoasted nor

@@ -398,21 +398,27 @@ fn peak_memory(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
+/// What claims may hold in the tests of memory, and what the program takes beside events.
+const IN_FLIGHT: u64 = 64 << 20;
+const PROGRAM: u64 = 64 << 20;
+
+fn bounded_config(db: &TestDb, stream: &TestStream) -> Config {
+    Config::new(db, stream)
+        .set("dispatcher.workers", 8)
+        .set("database.max_connections", 12)
+        .set("dispatcher.max_in_flight_bytes", "64MiB")
+        .set("nats.ack_timeout", "60s")
+}
+
 /// What is in flight is bounded for all workers together. Beside it stands the event that is being read, in up to four
 /// copies: the driver's buffer, which doubles as it grows, the row, and the text.
 #[test]
 fn memory_is_bounded_whatever_the_payloads() {
     const LARGE: u64 = 60_000_000;
-    const IN_FLIGHT: u64 = 64 << 20;
-    const PROGRAM: u64 = 64 << 20;
     let db = database();
     let nats = start_nats("max_payload: 64MB\nmax_pending: 256MB");
     let stream = TestStream::on(&nats.url(), &json!({}));
-    let config = Config::new(&db, &stream)
-        .set("dispatcher.workers", 8)
-        .set("database.max_connections", 12)
-        .set("dispatcher.max_in_flight_bytes", "64MiB")
-        .set("nats.ack_timeout", "60s");
+    let config = bounded_config(&db, &stream);
     let daemon = Daemon::start(&config);
     daemon.wait_ready();
     // While the server stands still, every claim stays with its worker.
@@ -439,17 +445,10 @@ fn memory_is_bounded_whatever_the_payloads() {
 /// Workers read at the same time, each its share; what is being read stands there in up to three more copies.
 #[test]
 fn memory_is_bounded_while_every_worker_reads() {
-    const IN_FLIGHT: u64 = 64 << 20;
-    const PROGRAM: u64 = 64 << 20;
     let db = database();
     let nats = start_nats("max_payload: 8MB\nmax_pending: 256MB");
     let stream = TestStream::on(&nats.url(), &json!({}));
-    let config = Config::new(&db, &stream)
-        .set("dispatcher.workers", 8)
-        .set("dispatcher.batch_size", 5_000)
-        .set("database.max_connections", 12)
-        .set("dispatcher.max_in_flight_bytes", "64MiB")
-        .set("nats.ack_timeout", "60s");
+    let config = bounded_config(&db, &stream).set("dispatcher.batch_size", 5_000);
     db.execute(
         "INSERT INTO outboxes (topic, metadata, payload)
          SELECT 'large.x', jsonb_build_object('ordering-key', 'k' || n), to_jsonb(repeat('x', 500000))
