@@ -89,6 +89,18 @@ impl Transaction {
         }
     }
 
+    fn query_each<T>(
+        &mut self,
+        query: &Query,
+        params: &[&(dyn ToSql + Sync)],
+        read: impl Fn(&Row) -> Result<T, postgres::Error>,
+    ) -> Result<Vec<T>, StoreError> {
+        match self.0.as_mut() {
+            Some(connection) => connection.query_each(query, params, read),
+            None => Err(StoreError::outage("the claim has ended".into())),
+        }
+    }
+
     fn roll_back(&mut self) -> Result<(), StoreError> {
         self.0.take().map_or(Ok(()), |mut connection| connection.batch("ROLLBACK"))
     }
@@ -305,9 +317,7 @@ impl Locked {
             &Some(max_event_bytes),
             &(large == Large::Alone),
         ];
-        let rows = read_events(&mut claim.transaction, &shared.held, params)?;
-        let read = read_all(&rows, |row| read_event(row, limits.event_bytes))?;
-        drop(rows);
+        let read = read_events(&mut claim.transaction, &shared.held, params, limits.event_bytes)?;
         if read.is_empty() {
             claim.transaction.roll_back()?;
             return Ok(claim);
@@ -584,18 +594,21 @@ fn read_events(
     transaction: &mut Transaction,
     held: &AtomicBool,
     params: &[&(dyn ToSql + Sync)],
-) -> Result<Vec<Row>, StoreError> {
+    max_event_bytes: usize,
+) -> Result<Vec<ReadRow>, StoreError> {
     if !held.load(Ordering::Relaxed) {
-        let rows = transaction.query(&READ_FRESH, params)?;
-        let lane = |row: &Row| row.try_get::<_, Option<i32>>(0).map_err(|error| StoreError::from(&error));
-        if rows.first().map(lane).transpose()?.flatten().is_some() || rows.is_empty() {
-            return Ok(rows);
+        // The row that says that nothing was read has no lane.
+        let read = transaction.query_each(&READ_FRESH, params, |row| {
+            let lane: Option<i32> = row.try_get(0)?;
+            lane.map(|_| read_event(row, max_event_bytes)).transpose()
+        })?;
+        if let Some(read) = read.into_iter().collect() {
+            return Ok(read);
         }
     }
-    let rows = transaction.query(&READ_ANY, params)?;
-    let holds = |row: &Row| row.try_get(HELD).map_err(|error| StoreError::from(&error));
-    held.store(rows.first().map(holds).transpose()?.unwrap_or(true), Ordering::Relaxed);
-    Ok(rows)
+    let read = transaction.query_each(&READ_ANY, params, |row| read_event(row, max_event_bytes))?;
+    held.store(read.first().is_none_or(|row| row.held), Ordering::Relaxed);
+    Ok(read)
 }
 
 /// One row of what is read.
@@ -607,6 +620,7 @@ struct ReadRow {
     held: bool,
 }
 
+/// Takes in a row of what is read; a larger event than that can be no message, and has been left where it is.
 fn read_event(row: &Row, max_event_bytes: usize) -> Result<ReadRow, postgres::Error> {
     let lane = row.try_get(0)?;
     let held = row.try_get(HELD)?;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use log::debug;
 // The name that `to_sql_checked!` itself has for what `ToSql` writes to.
+use postgres::fallible_iterator::FallibleIterator;
 use postgres::types::private::BytesMut;
 use postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 use postgres::{Client, Row, Statement};
@@ -69,6 +70,26 @@ impl Connection {
             }
             let statement = session.prepared(query)?;
             session.client.query(&statement, params)
+        })
+    }
+
+    /// Like [`Connection::query`], but takes each row in as it comes, so that only one at a time is there as the server
+    /// sent it.
+    pub(super) fn query_each<T>(
+        &mut self,
+        query: &Query,
+        params: &[&(dyn ToSql + Sync)],
+        read: impl Fn(&Row) -> Result<T, postgres::Error>,
+    ) -> Result<Vec<T>, StoreError> {
+        let prepares = self.shared.preparing.is_on();
+        self.attempt(|session| {
+            let rows = if prepares {
+                let statement = session.prepared(query)?;
+                session.client.query_raw(&statement, params.iter().copied())?
+            } else {
+                session.client.query_typed_raw(query.text, typed(query, params))?
+            };
+            rows.map(|row| read(&row)).collect()
         })
     }
 
