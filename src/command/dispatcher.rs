@@ -101,7 +101,7 @@ impl Program {
             command.env_remove(name);
         }
         // As the units have it.
-        command.env("MALLOC_ARENA_MAX", "2");
+        command.env("GLIBC_TUNABLES", "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0");
         Ok(command)
     }
 }
