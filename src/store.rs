@@ -53,7 +53,8 @@ use crate::cursors::{Reading, Writer};
 
 pub use self::adopt::Adopting;
 pub use self::claim::{
-    Claim, ClaimLimits, ClaimSettings, Found, Head, LaneEnd, Large, Locked, Opening, ServerLife, Settled,
+    Claim, ClaimLimits, ClaimSettings, Found, Fresh, Head, LaneEnd, Large, Locked, Opening, ServerLife,
+    Settled,
 };
 pub use self::dead::{CHANGE_MAX, Change, Letter, Selection, Whole};
 pub use self::error::StoreError;

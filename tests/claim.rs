@@ -10,7 +10,8 @@ use pg_outbox::config::{Database, DsnParts, PreparedStatements, Secret};
 use pg_outbox::cursors;
 use pg_outbox::event::{Event, Outcome};
 use pg_outbox::store::{
-    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, LANES, Large, Locked, Settled, Store, StoreError,
+    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, Fresh, LANES, Large, Locked, Settled, Store,
+    StoreError,
 };
 use postgres::Client;
 
@@ -236,6 +237,64 @@ fn a_look_shows_how_far_others_have_settled() {
     retry_in(&db, 9, "1 minute");
     assert_eq!(reach(&store, lane), (true, None), "how far is not asked while something is held back");
     assert_eq!(reach(&store, (lane + 1) % LANES), (false, Some(i64::MAX)));
+}
+
+/// The lanes locked without a look, from above these cursors, and whether there may be more; `None` if none was.
+fn lock_fresh(store: &Store, max_events: i32, cursors: &[i64; cursors::LANES]) -> Option<(Locked, bool)> {
+    let lanes: Vec<i32> = (0..LANES).collect();
+    let limits = ClaimLimits { lanes: LANES, events: max_events, event_bytes: usize::MAX };
+    match store.open().unwrap().lock_fresh(&lanes, limits, cursors).unwrap() {
+        Fresh::Locked { locked, more } => Some((locked, more)),
+        Fresh::Nothing(_) => None,
+    }
+}
+
+#[test]
+fn fresh_events_are_claimed_without_a_look() {
+    let (db, cursors) = (database(), [0; cursors::LANES]);
+    let (one, other) = (store(&db), store(&db));
+    assert!(lock_fresh(&one, 100, &cursors).is_none());
+    let (a, b) = two_keys_of_one_lane(&db);
+    for key in [&a, &b, &a] {
+        db.event("order.placed", key, "{}");
+    }
+    let (locked, more) = lock_fresh(&one, 100, &cursors).unwrap();
+    assert_eq!((&locked.lanes[..], more), (&[7][..], false), "a lane is locked once, whatever it has");
+    assert!(lock_fresh(&other, 100, &cursors).is_none(), "somebody has it");
+    let mut claim = locked.read(Large::Alone).unwrap();
+    let events = claim.take_events();
+    assert_eq!(seqs(&events), [1, 2, 3]);
+    claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+    assert!(lock_fresh(&one, 100, &cursors).is_none(), "nothing is left");
+
+    db.events("order.placed", 500, 500);
+    let (locked, more) = lock_fresh(&one, 100, &cursors).unwrap();
+    assert!(more && (1..=16).contains(&locked.lanes.len()), "{:?}", locked.lanes);
+    let (second, _) = lock_fresh(&other, 3, &[450; cursors::LANES]).unwrap();
+    assert!((1..=3).contains(&second.lanes.len()), "{:?}: each may have an event", second.lanes);
+    assert!(second.lanes.iter().all(|lane| !locked.lanes.contains(lane)));
+    let events = second.read(Large::Alone).unwrap().take_events();
+    assert!(!events.is_empty() && events.iter().all(|event| event.seq > 450));
+}
+
+#[test]
+fn where_a_search_could_be_long_or_in_vain_fresh_events_are_left_to_a_look() {
+    let (db, mut cursors) = (database(), [0; cursors::LANES]);
+    let store = store(&db);
+    let held = db.event("order.placed", "a", "{}");
+    db.event("order.placed", "a", "{}");
+    let found = |cursors: &[i64; cursors::LANES]| lock_fresh(&store, 100, cursors).is_some();
+    assert!(found(&cursors));
+    cursors[5] = cursors::BEGINNING;
+    assert!(!found(&cursors), "everything that was published in that lane could be in the way");
+    cursors[5] = 0;
+    // What a look finds out stays known.
+    retry_in(&db, held, "1 minute");
+    assert!(claim_is_empty(&store));
+    assert!(!found(&cursors), "the second event waits for the first");
+    db.execute("UPDATE outboxes SET published_at = now(), next_attempt_at = NULL WHERE attempts = 1");
+    assert_eq!(claimable(&store), [held + 1]);
+    assert!(found(&cursors));
 }
 
 #[test]
@@ -890,6 +949,7 @@ impl Planned {
                 "int[], bigint[], bool, bool, bigint",
                 concat!(include_str!("../src/store/held.sql"), include_str!("../src/store/find_fresh.sql")),
             ),
+            ("lock_fresh", "int[], bigint, int", include_str!("../src/store/lock_fresh.sql")),
             ("lock_lanes", "int[], int", include_str!("../src/store/lock_lanes.sql")),
             (
                 "read_any",
@@ -945,6 +1005,7 @@ impl Planned {
                     );
                 }
             }
+            self.check_one(state, mode, &format!("lock_fresh ('{lanes}', 0, 16)"), 1_500);
             self.check_one(state, mode, &format!("lock_lanes ('{lanes}', 13)"), 1_500);
             self.check_one(
                 state,

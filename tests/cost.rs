@@ -68,6 +68,33 @@ fn a_drain_costs_what_it_should() {
 }
 
 #[test]
+fn who_is_woken_claims_without_a_look() {
+    let (postgres, stream) = (counting_postgres(), stream());
+    let db = counted(&postgres);
+    db.events("order.placed", 1_000, 100);
+    let daemon = Daemon::start(&Config::new(&db, &stream));
+    wait_until("nothing is pending", LIMIT, &[&daemon, &db], || db.pending() == 0);
+    thread::sleep(Duration::from_secs(3));
+    let calls = |statement: &str| {
+        db.number(&format!(
+            "SELECT coalesce(sum(calls), 0)::int8 FROM pg_stat_statements
+              WHERE query !~ 'pg_stat_statements' AND query ~ '{statement}'"
+        ))
+    };
+    statements(&db);
+    let events = 20;
+    for n in 0..events {
+        db.event("order.placed", &n.to_string(), "{}");
+        wait_until("nothing is pending", LIMIT, &[&daemon, &db], || db.pending() == 0);
+        thread::sleep(Duration::from_millis(50));
+    }
+    let (woken, looked) = (calls("LIMIT \\$3::int. AS found"), calls("unnest.*AS l.lane, turn"));
+    println!("{events} events, {woken} searches without a look, {looked} claims after a look");
+    assert!(woken >= events * 3 / 4, "{woken} of {events} events were found without a look");
+    assert!(looked <= events / 4, "{looked} of {events} claims followed a look");
+}
+
+#[test]
 fn an_idle_daemon_leaves_the_database_alone() {
     let (postgres, stream) = (counting_postgres(), stream());
     let db = counted(&postgres);

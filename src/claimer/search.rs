@@ -49,6 +49,8 @@ pub(super) struct Search {
     nap_before: Duration,
     /// Since when there was always something to claim.
     pub(super) awake_since: Option<Instant>,
+    /// The last claim was made without a look, and there may be more than it has.
+    pub(super) look_at_once: bool,
     /// Where the next look begins.
     first_lane: i32,
     looked_at: Option<Instant>,
@@ -77,6 +79,7 @@ impl Search {
             nap: Duration::ZERO,
             nap_before: Duration::ZERO,
             awake_since: None,
+            look_at_once: false,
             first_lane: fastrand::i32(0..LANES),
             looked_at: None,
             horizon_at: None,
@@ -205,6 +208,13 @@ impl Search {
         self.first_lane = (self.first_lane + 1) % LANES;
         let from = self.first_lane;
         (from..from + LANES).map(|lane| lane % LANES).filter(|&lane| !self.is_claimed(lane)).collect()
+    }
+
+    /// Those of the unclaimed lanes that need no care.
+    pub(super) fn unclaimed_without_care(&mut self) -> Vec<i32> {
+        let mut lanes = self.unclaimed();
+        lanes.retain(|&lane| self.care.limit_of(lane).is_none());
+        lanes
     }
 
     /// Takes in a look that began with `basis`.

@@ -27,6 +27,9 @@ use crate::cursors;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 
+/// Events that [`Opening::lock_fresh`] goes through at most: as many as some transactions have, and few enough to leave
+/// most of a burst to the claims that share it out.
+const LOCK_FRESH_EVENTS: i32 = 16;
 /// The column of what is read that says whether something may hold events back.
 const HELD: usize = 10;
 
@@ -35,6 +38,7 @@ const FIND_LANES: Query =
 const FIND_FRESH: Query =
     query!("find_fresh": ["held", "find_fresh"], INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
+const LOCK_FRESH: Query = query!("lock_fresh", INT4_ARRAY, INT8, INT4);
 const READ_ANY: Query = query!(
     "read_any": ["held", "read_before", "read_any", "read_after"],
     INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8, BOOL
@@ -175,14 +179,54 @@ impl Opening {
         limits: ClaimLimits,
         cursors: &[i64; cursors::LANES],
     ) -> Result<Locked, StoreError> {
-        let max_lanes = limits.lanes.clamp(1, LANES.min(limits.events.max(1)));
-        let rows = self.transaction.query(&LOCK_LANES, &[&lanes, &max_lanes])?;
+        let rows = self.transaction.query(&LOCK_LANES, &[&lanes, &limits.max_lanes()])?;
+        if rows.is_empty() {
+            self.transaction.roll_back()?;
+        }
+        self.locked(&rows, limits, cursors)
+    }
+
+    /// Locks, without a look, those of `lanes` that have one of the first fresh events above the cursors and that nobody
+    /// else has claimed.
+    ///
+    /// A hint, for when a few events have just come: [`Fresh::Nothing`] does not say that there is nothing. It is that at
+    /// once where a search could be long or in vain: a lane has no cursor, or something may hold events back.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses; nothing stays locked.
+    pub fn lock_fresh(
+        mut self,
+        lanes: &[i32],
+        limits: ClaimLimits,
+        cursors: &[i64; cursors::LANES],
+    ) -> Result<Fresh, StoreError> {
+        let from = positions(lanes, cursors).into_iter().min().unwrap_or(cursors::BEGINNING);
+        if from == cursors::BEGINNING || self.shared.held.load(Ordering::Relaxed) {
+            return Ok(Fresh::Nothing(self));
+        }
+        let max_events = LOCK_FRESH_EVENTS.min(limits.max_lanes());
+        let rows = self.transaction.query(&LOCK_FRESH, &[&lanes, &from, &max_events])?;
+        if rows.is_empty() {
+            return Ok(Fresh::Nothing(self));
+        }
+        let more = rows.len() >= usize_of(max_events);
+        let locked = self.locked(&rows, limits, cursors)?;
+        Ok(Fresh::Locked { locked, more })
+    }
+
+    /// What `rows` say is locked.
+    fn locked(
+        self,
+        rows: &[Row],
+        limits: ClaimLimits,
+        cursors: &[i64; cursors::LANES],
+    ) -> Result<Locked, StoreError> {
         let server = rows.first().map(ServerLife::read).transpose();
         let server = server.map_err(|error| StoreError::from(&error))?.unwrap_or_default();
-        let lanes: Vec<i32> = read_all(&rows, |row| row.try_get(0))?;
-        if lanes.is_empty() {
-            self.transaction.roll_back()?;
-        } else {
+        let mut lanes: Vec<i32> = read_all(rows, |row| row.try_get(0))?;
+        let mut seen = HashSet::new();
+        lanes.retain(|lane| seen.insert(*lane));
+        if !lanes.is_empty() {
             failpoint!("claim.locked");
         }
         let from = positions(&lanes, cursors);
@@ -247,6 +291,19 @@ impl Opening {
     }
 }
 
+/// What [`Opening::lock_fresh`] came to.
+pub enum Fresh {
+    /// Lanes are locked.
+    Locked {
+        /// Which.
+        locked: Locked,
+        /// There may be more events than it went through.
+        more: bool,
+    },
+    /// None is; the transaction is as it was.
+    Nothing(Opening),
+}
+
 /// How much a claim may have.
 #[derive(Debug, Clone, Copy)]
 pub struct ClaimLimits {
@@ -256,6 +313,13 @@ pub struct ClaimLimits {
     pub events: i32,
     /// Bytes of a payload at most, and of a metadata: what is larger can be no message, and stays in the database.
     pub event_bytes: usize,
+}
+
+impl ClaimLimits {
+    /// Lanes at most of which each may have an event.
+    fn max_lanes(&self) -> i32 {
+        self.lanes.clamp(1, LANES.min(self.events.max(1)))
+    }
 }
 
 /// An event without its texts.
