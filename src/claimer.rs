@@ -405,6 +405,9 @@ impl Claimer {
         self.doze.asleep();
         let longest = if self.doze.covered() { self.fallback_interval } else { self.poll_interval };
         let longest = longest.min(search.next_rewind(Instant::now()).unwrap_or(longest));
+        if let Err(error) = self.store.warm_up() {
+            log::debug!("warm-up failed: {error}");
+        }
         match self.store.outlook() {
             Ok(outlook) => {
                 if !outlook.claims_open {

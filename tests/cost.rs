@@ -18,6 +18,7 @@ fn counting_postgres() -> Postgres {
     let settings = [
         "shared_preload_libraries=pg_stat_statements",
         "pg_stat_statements.track_utility=on",
+        "pg_stat_statements.track_planning=on",
         "autovacuum=off",
         "full_page_writes=off",
         "wal_writer_delay=10s",
@@ -92,6 +93,29 @@ fn who_is_woken_claims_without_a_look() {
     println!("{events} events, {woken} searches without a look, {looked} claims after a look");
     assert!(woken >= events * 3 / 4, "{woken} of {events} events were found without a look");
     assert!(looked <= events / 4, "{looked} of {events} claims followed a look");
+}
+
+#[test]
+fn the_first_event_finds_its_claim_planned() {
+    let (postgres, stream) = (counting_postgres(), stream());
+    let db = counted(&postgres);
+    let daemon = Daemon::start(&Config::new(&db, &stream));
+    daemon.wait_ready();
+    thread::sleep(Duration::from_secs(3));
+    statements(&db);
+    db.event("order.placed", "k", "{}");
+    wait_until("nothing is pending", LIMIT, &[&daemon, &db], || db.pending() == 0);
+    let counted = db
+        .client()
+        .query_one(
+            "SELECT sum(calls)::int8, sum(plans)::int8 FROM pg_stat_statements
+              WHERE query ~ 'FROM outbox_lanes|first_fresh|bytes_so_far|UPDATE outboxes' AND query !~ 'pg_stat_statements'",
+            &[],
+        )
+        .unwrap();
+    let (calls, plans): (i64, i64) = (counted.get(0), counted.get(1));
+    assert!(calls >= 4, "{calls}: it is found, locked, read and settled");
+    assert_eq!(plans, 0, "plans were made while it waited");
 }
 
 #[test]

@@ -155,6 +155,11 @@ pub(super) struct Session {
 }
 
 impl Session {
+    /// Whether all of these are prepared here.
+    pub(super) fn has_prepared(&self, queries: &[&Query]) -> bool {
+        queries.iter().all(|query| self.statements.contains_key(query.name))
+    }
+
     fn prepared(&mut self, query: &Query) -> Result<Statement, postgres::Error> {
         if let Some(statement) = self.statements.get(query.name) {
             return Ok(statement.clone());
