@@ -8,7 +8,7 @@
 //! that no lane starves. Looks and reads begin at the lanes' cursors (see `cursors.rs`); what is known of the lanes is
 //! in `claimer/search.rs`.
 //!
-//! When a wake-up ends a rest, a few events have come, and somebody waits for them: it tries first to lock their lanes
+//! When a wake-up ends a rest that was not too short, a few events have come, and somebody waits for them: it tries first to lock their lanes
 //! without a look, which is a round trip less ([`Opening::lock_fresh`]). What that does not find, the look does that
 //! follows when the worker has finished.
 //!
@@ -282,7 +282,7 @@ impl Claimer {
         }
         let mut opening = self.store.open()?;
         let batch = i32::try_from(self.live.now().batch_size).unwrap_or(i32::MAX);
-        if woken && search.awake_since.is_none() && search.ready.is_empty() {
+        if woken && search.has_rested(Instant::now()) {
             let (basis, lanes) = (search.cursors.basis(), search.unclaimed_without_care());
             match opening.lock_fresh(&lanes, self.limits(batch), search.cursors.positions())? {
                 Fresh::Locked { locked, more } => {
@@ -401,7 +401,7 @@ impl Claimer {
 
     /// How long to rest when there is nothing to claim. From here on writers wake us.
     fn rest(&self, search: &mut Search) -> Duration {
-        search.awake_since = None;
+        search.rests(Instant::now());
         self.doze.asleep();
         let longest = if self.doze.covered() { self.fallback_interval } else { self.poll_interval };
         let longest = longest.min(search.next_rewind(Instant::now()).unwrap_or(longest));

@@ -20,6 +20,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 const NAP: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 /// Time between two looks from the beginning, which may cost more than others.
 pub(super) const REWIND_INTERVAL: Duration = Duration::from_secs(1);
+/// A rest after which a wake-up is likely to mean a few events. Between the claims of a load there are shorter ones, and
+/// a claim of the first few events that have come would only be one more.
+const LONG_REST: Duration = Duration::from_millis(10);
 /// Events that are worth a claim of their own. Each costs PostgreSQL and us some 2 ms whatever it holds, as much as 50
 /// events do.
 const WORTH_A_CLAIM: f64 = 250.0;
@@ -49,6 +52,8 @@ pub(super) struct Search {
     nap_before: Duration,
     /// Since when there was always something to claim.
     pub(super) awake_since: Option<Instant>,
+    /// Since when there was never anything to claim.
+    resting_since: Option<Instant>,
     /// The last claim was made without a look, and there may be more than it has.
     pub(super) look_at_once: bool,
     /// Where the next look begins.
@@ -79,6 +84,7 @@ impl Search {
             nap: Duration::ZERO,
             nap_before: Duration::ZERO,
             awake_since: None,
+            resting_since: None,
             look_at_once: false,
             first_lane: fastrand::i32(0..LANES),
             looked_at: None,
@@ -229,6 +235,17 @@ impl Search {
         }
     }
 
+    /// There is nothing to claim.
+    pub(super) fn rests(&mut self, now: Instant) {
+        self.awake_since = None;
+        self.resting_since.get_or_insert(now);
+    }
+
+    /// There was nothing to claim for so long that what has come since is little.
+    pub(super) fn has_rested(&self, now: Instant) -> bool {
+        self.resting_since.is_some_and(|since| now.saturating_duration_since(since) >= LONG_REST)
+    }
+
     /// Takes the share of one free worker from the lanes that are ready, for a claim of `batch` events at most: as many
     /// as each of the free workers can have, or more where that would hardly be worth a claim.
     pub(super) fn take_share(&mut self, batch: i32) -> Vec<i32> {
@@ -259,6 +276,7 @@ impl Search {
             self.set_claimed(lane, true);
         }
         self.nap_before = std::mem::take(&mut self.nap);
+        self.resting_since = None;
         now.saturating_duration_since(*self.awake_since.get_or_insert(now))
     }
 
