@@ -56,7 +56,7 @@ fn a_quick_bench_measures_what_it_promises() {
     fs::create_dir(&temp).unwrap();
     let report = report(
         pg_outbox()
-            .args(["bench", "--quick", "--events", "1000", "--workers", "2", "--json", "--plot"])
+            .args(["bench", "--quick", "--events", "5000", "--workers", "2", "--json", "--plot"])
             .arg(&plot)
             .args(["--only", "drain", "--only", "cost", "--only", "latency", "--only", "writers"])
             .env("TMPDIR", &temp),
