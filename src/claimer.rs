@@ -5,7 +5,7 @@
 //! Where a read has failed, or met an event that is larger than a claim may be, it reads the lane itself: first one
 //! event, and then more and more. One look into the lanes feeds the claims that follow: what it found is shared out
 //! among the free workers, and a lane that had more than its claim could take goes back to the end of the queue, so
-//! that no lane starves. Looks and reads begin at the lanes' cursors (see `cursors.rs`); what is known of the lanes is
+//! that no lane starves. Looks and reads begin at the lanes' cursors (see `lane/marks.rs`); what is known of the lanes is
 //! in `claimer/search.rs`.
 //!
 //! When a wake-up ends a rest that was not too short, a few events have come, and somebody waits for them: it tries first to lock their lanes
@@ -33,8 +33,8 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 
 use self::search::{REWIND_INTERVAL, Search};
 use crate::boottime::Boottime;
-use crate::cursors::Basis;
 use crate::health::{Health, Heartbeat, Part};
+use crate::lane::marks::Basis;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;

@@ -15,7 +15,7 @@
 //!
 //! # In reading order
 //!
-//! [`event`] what travels · [`cursors`] what is settled · [`order`] which event may go next · [`retry`] what becomes of a failed one ·
+//! [`event`] what travels · [`lane`] what is settled · [`order`] which event may go next · [`retry`] what becomes of a failed one ·
 //! [`topic_map`] topic to subject · [`headers`] metadata to headers · [`answer`] what JetStream says ·
 //! [`preflight`] what of a stream does not fit · [`adoption`] what a foreign table lacks · [`outage`] the gate · [`health`] live and ready · [`live`] what a
 //! reload changes. These are plain data and pure decisions. [`tls`] is what both servers' connections have in common.
@@ -31,13 +31,13 @@ pub mod boottime;
 pub mod claimer;
 pub mod command;
 pub mod config;
-pub mod cursors;
 pub mod event;
 pub mod failpoint;
 pub mod headers;
 pub mod health;
 pub mod http;
 pub mod janitor;
+pub mod lane;
 pub mod live;
 pub mod logging;
 pub mod metrics;

@@ -49,7 +49,7 @@ use self::pool::{Connection, LogAtDebug, Manager, Query};
 use self::sessions::Preparing;
 use self::target::Target;
 use crate::config::{Database, DsnParts, Secret};
-use crate::cursors::{Reading, Writer};
+use crate::lane::marks::{Reading, Writer};
 
 pub use self::adopt::Adopting;
 pub use self::claim::{
@@ -212,7 +212,7 @@ impl Store {
         Ok(Store { pool, shared: Arc::new(shared) })
     }
 
-    /// What bounds the cursors, as `cursors.rs` wants it read; `None` where events can appear below any bound, as
+    /// What bounds the cursors, as `lane/marks.rs` wants it read; `None` where events can appear below any bound, as
     /// `seq` does not come from a sequence of its own without a cache.
     ///
     /// # Errors

@@ -15,10 +15,10 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender};
 
 use crate::boottime::Boottime;
-use crate::cursors::Basis;
 use crate::event::Outcome;
 use crate::failpoint;
 use crate::health::Heartbeat;
+use crate::lane::marks::Basis;
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Report};
 use crate::store::{Claim, LaneEnd, Large, Locked, Settled, StoreError};

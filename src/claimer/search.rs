@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::REST_MIN;
-use crate::cursors::{self, Basis, Cursors};
+use crate::lane::marks::{self, Basis, Cursors};
 use crate::store::{Found, LANES, LaneEnd, ServerLife, StoreError};
 use crate::worker::{Finished, Job, ReadSummary};
 
@@ -38,7 +38,7 @@ pub(super) struct Search {
     /// Lanes that have something and that no worker of ours has; the one that waits longest comes first.
     pub(super) ready: VecDeque<i32>,
     /// Lanes that a worker of ours has.
-    claimed: [bool; cursors::LANES],
+    claimed: [bool; marks::LANES],
     /// Workers that wait for a claim.
     pub(super) idle_workers: usize,
     /// What the claims of the other workers hold at most.
@@ -76,7 +76,7 @@ impl Search {
             care: Care::default(),
             server: ServerLife::default(),
             ready: VecDeque::new(),
-            claimed: [false; cursors::LANES],
+            claimed: [false; marks::LANES],
             idle_workers: 0,
             bytes_in_flight: 0,
             news: ReadNews::default(),
@@ -327,12 +327,12 @@ pub(super) struct ReadNews {
 /// event and then, while it works, more and more; so the event at fault comes to be read alone.
 pub(super) struct Care {
     /// By lane: events that a claim of it may have; `None` where there is no cause for care.
-    limits: [Option<i32>; cursors::LANES],
+    limits: [Option<i32>; marks::LANES],
 }
 
 impl Default for Care {
     fn default() -> Care {
-        Care { limits: [None; cursors::LANES] }
+        Care { limits: [None; marks::LANES] }
     }
 }
 
@@ -419,7 +419,7 @@ mod tests {
     fn how_workers_read_is_taken_in() {
         let mut search = Search::new(Instant::now());
         let read = |search: &mut Search, lane: i32, more: bool, read: Result<ReadSummary, StoreError>| {
-            let lanes = vec![LaneEnd { lane, reach: cursors::BEGINNING, more }];
+            let lanes = vec![LaneEnd { lane, reach: marks::BEGINNING, more }];
             let basis = Some(search.cursors.basis());
             search.finished(Finished { basis, lanes, read: Some(read), ..Finished::default() });
         };

@@ -23,9 +23,9 @@ use super::{
     CLAIM_PLANS, LANES, NO_OTHER_LIMITS, SERVED_BY, STATEMENT_TIMEOUT, Shared, Store, StoreError,
     milliseconds, read_all,
 };
-use crate::cursors;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
+use crate::lane::marks;
 
 /// Events that [`Opening::lock_fresh`] goes through at most: as many as some transactions have, and few enough to leave
 /// most of a burst to the claims that share it out.
@@ -101,10 +101,10 @@ impl Store {
         let (ordered, block_on_dead) = (&ordered, &(ordered && block_on_dead));
         let backoff_max_ms = &self.shared.backoff_max_ms.load(Ordering::Relaxed);
         // A lane that there is not, and an event.
-        let (lanes, cursors) = (&&[-1][..], &&[cursors::BEGINNING][..]);
+        let (lanes, cursors) = (&&[-1][..], &&[marks::BEGINNING][..]);
         let (ids, created_at) = (&vec![Uuid::nil()], &vec![Timestamp(0)]);
         connection.query(&FIND_FRESH, &[lanes, cursors, ordered, block_on_dead, backoff_max_ms])?;
-        connection.query(&LOCK_FRESH, &[lanes, &cursors::BEGINNING, &1])?;
+        connection.query(&LOCK_FRESH, &[lanes, &marks::BEGINNING, &1])?;
         connection.query(&LOCK_LANES, &[lanes, &1])?;
         connection.query(
             &READ_FRESH,
@@ -182,7 +182,7 @@ pub struct Found {
 impl Found {
     /// Of a lane in which nothing is held back: all that there is begins with its first fresh event.
     fn fresh(lane: i32, first: Option<i64>) -> Found {
-        Found { lane, claimable: first.is_some(), reach: Some(cursors::reach(i64::MAX, first, None)) }
+        Found { lane, claimable: first.is_some(), reach: Some(marks::reach(i64::MAX, first, None)) }
     }
 }
 
@@ -191,7 +191,7 @@ impl Opening {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn find(&mut self, lanes: &[i32], cursors: &[i64; cursors::LANES]) -> Result<Vec<Found>, StoreError> {
+    pub fn find(&mut self, lanes: &[i32], cursors: &[i64; marks::LANES]) -> Result<Vec<Found>, StoreError> {
         let ClaimSettings { ordered, block_on_dead, .. } = self.shared.settings;
         let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
         let positions = positions(lanes, cursors);
@@ -220,7 +220,7 @@ impl Opening {
         mut self,
         lanes: &[i32],
         limits: ClaimLimits,
-        cursors: &[i64; cursors::LANES],
+        cursors: &[i64; marks::LANES],
     ) -> Result<Locked, StoreError> {
         let rows = self.transaction.query(&LOCK_LANES, &[&lanes, &limits.max_lanes()])?;
         if rows.is_empty() {
@@ -241,10 +241,10 @@ impl Opening {
         mut self,
         lanes: &[i32],
         limits: ClaimLimits,
-        cursors: &[i64; cursors::LANES],
+        cursors: &[i64; marks::LANES],
     ) -> Result<Fresh, StoreError> {
-        let from = positions(lanes, cursors).into_iter().min().unwrap_or(cursors::BEGINNING);
-        if from == cursors::BEGINNING || self.shared.held.load(Ordering::Relaxed) {
+        let from = positions(lanes, cursors).into_iter().min().unwrap_or(marks::BEGINNING);
+        if from == marks::BEGINNING || self.shared.held.load(Ordering::Relaxed) {
             return Ok(Fresh::Nothing(self));
         }
         let max_events = LOCK_FRESH_EVENTS.min(limits.max_lanes());
@@ -262,7 +262,7 @@ impl Opening {
         self,
         rows: &[Row],
         limits: ClaimLimits,
-        cursors: &[i64; cursors::LANES],
+        cursors: &[i64; marks::LANES],
     ) -> Result<Locked, StoreError> {
         let server = rows.first().map(ServerLife::read).transpose();
         let server = server.map_err(|error| StoreError::from(&error))?.unwrap_or_default();
@@ -281,7 +281,7 @@ impl Opening {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn head(&mut self, lane: i32, cursors: &[i64; cursors::LANES]) -> Result<Option<Head>, StoreError> {
+    pub fn head(&mut self, lane: i32, cursors: &[i64; marks::LANES]) -> Result<Option<Head>, StoreError> {
         let settings = &self.shared.settings;
         let lanes = &[lane][..];
         let rows = self.transaction.query(
@@ -313,7 +313,7 @@ impl Opening {
     pub fn bury(
         mut self,
         lane: i32,
-        cursors: &[i64; cursors::LANES],
+        cursors: &[i64; marks::LANES],
         head: Head,
         reason: &str,
     ) -> Result<bool, StoreError> {
@@ -512,7 +512,7 @@ pub struct LaneEnd {
 impl LaneEnd {
     /// For lanes of which nothing was found out.
     pub fn unmoved(lanes: &[i32]) -> Vec<LaneEnd> {
-        lanes.iter().map(|&lane| LaneEnd { lane, reach: cursors::BEGINNING, more: false }).collect()
+        lanes.iter().map(|&lane| LaneEnd { lane, reach: marks::BEGINNING, more: false }).collect()
     }
 }
 
@@ -558,7 +558,7 @@ impl Claim {
         }
         let end = |read: &LaneRead| LaneEnd {
             lane: read.lane,
-            reach: cursors::reach(read.read_to, read.left_out, first_untouched.get(&read.lane).copied()),
+            reach: marks::reach(read.read_to, read.left_out, first_untouched.get(&read.lane).copied()),
             more: read.is_cut() || untouched_lanes.contains(&read.lane),
         };
         self.reads.iter().map(end).collect()
@@ -772,15 +772,15 @@ fn lane_reads(read: &[ReadRow], lanes: &[i32], max_events: usize) -> Vec<LaneRea
             || rows.iter().any(|row| row.event.is_none())
             || cut_from.is_some_and(|from| turn >= from);
         let last_fresh = rows.iter().filter_map(|row| row.event.as_ref()).filter(|event| !event.in_retry);
-        let last_fresh = last_fresh.map(|event| event.seq).max().unwrap_or(cursors::BEGINNING);
+        let last_fresh = last_fresh.map(|event| event.seq).max().unwrap_or(marks::BEGINNING);
         reads.push(LaneRead { lane, read_to: if cut { last_fresh } else { i64::MAX }, left_out: None });
     }
     reads
 }
 
 /// The cursors of these lanes.
-fn positions(lanes: &[i32], cursors: &[i64; cursors::LANES]) -> Vec<i64> {
-    lanes.iter().map(|&lane| cursors.get(usize_of(lane)).copied().unwrap_or(cursors::BEGINNING)).collect()
+fn positions(lanes: &[i32], cursors: &[i64; marks::LANES]) -> Vec<i64> {
+    lanes.iter().map(|&lane| cursors.get(usize_of(lane)).copied().unwrap_or(marks::BEGINNING)).collect()
 }
 
 pub(super) fn begin_claim(settings: &ClaimSettings, home: &Home) -> String {

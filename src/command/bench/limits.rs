@@ -13,9 +13,9 @@ use super::drain::{Keys, insert_sql, load};
 use super::place::Outbox;
 use super::{Bench, drain};
 use crate::config::{Database, PreparedStatements};
-use crate::cursors;
 use crate::event::{Event, Outcome};
 use crate::headers::HeaderPolicy;
+use crate::lane::marks;
 use crate::publisher::raw::{Message, Raw};
 use crate::publisher::streams::Batches;
 use crate::store::{ClaimLimits, ClaimSettings, LANES, Large, Store};
@@ -117,7 +117,7 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
 fn claim_all(store: &Store, lanes: &[i32], batch: usize) -> Result<Vec<Event>> {
     let events = i32::try_from(batch).unwrap_or(i32::MAX);
     let limits = ClaimLimits { lanes: LANES, events, event_bytes: usize::MAX };
-    let mut cursors = [cursors::BEGINNING; cursors::LANES];
+    let mut cursors = [marks::BEGINNING; marks::LANES];
     let mut all = Vec::new();
     loop {
         let mut claim = store.open()?.lock(lanes, limits, &cursors)?.read(Large::Alone)?;
