@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::boottime::Boottime;
+use crate::event::headers::Death;
 use crate::event::{Event, Outcome};
-use crate::headers::Death;
 use crate::live::Settings;
 use crate::publisher::{NoFence, NotSent, Outgoing, Session};
 

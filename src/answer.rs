@@ -189,7 +189,7 @@ pub struct StreamState {
 impl StreamFacts {
     /// Whether the stream takes messages on `subject`.
     pub fn takes(&self, subject: &str) -> bool {
-        self.subjects.iter().any(|pattern| crate::topic_map::matches(pattern, subject))
+        self.subjects.iter().any(|pattern| crate::event::topic_map::matches(pattern, subject))
     }
 }
 

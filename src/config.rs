@@ -23,8 +23,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::event::topic_map::TopicMap;
 use crate::tls::{Check, Roots, Tls};
-use crate::topic_map::TopicMap;
 pub use changes::Changes;
 use reading::{Reading, Section};
 use secrets::Credentials;

@@ -1,7 +1,14 @@
-//! An event: one row of `outboxes`, as a claim reads it, and what became of it.
+//! One event: a row of `outboxes` as a claim reads it, what became of it, and every decision about one event alone.
 //!
-//! Plain data that travels between the threads. The payload is read once from the row and written once to
-//! the socket; nothing in between looks into it.
+//! Plain data that travels between the threads, and pure functions of it: which event of a claim may go next, topic to
+//! subject, metadata to headers, what becomes of a failed one. The payload is read once from the row and written once to
+//! the socket; nothing in between looks into it. No thread of its own, nothing that blocks, no clock; it names no other
+//! folder of the program, and no database, server or configuration.
+
+pub mod headers;
+pub mod order;
+pub mod retry;
+pub mod topic_map;
 
 use uuid::Uuid;
 

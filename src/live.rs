@@ -8,9 +8,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::{self, Config};
-use crate::headers::HeaderPolicy;
-use crate::retry::Policy;
-use crate::topic_map::TopicMap;
+use crate::event::headers::HeaderPolicy;
+use crate::event::retry::Policy;
+use crate::event::topic_map::TopicMap;
 
 /// The values that are in force.
 #[derive(Debug)]

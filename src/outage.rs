@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::retry;
+use crate::event::retry;
 
 /// The gate's state.
 #[derive(Debug, Clone)]

@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use crate::answer::{Keeping, StreamFacts};
-use crate::topic_map::{self, TopicMap};
+use crate::event::topic_map::{self, TopicMap};
 
 /// What the configuration asks of the stream.
 #[derive(Debug, Clone, Copy)]

@@ -1,6 +1,6 @@
 //! Publishes the events of one claim and says what became of each: the loop between a worker and its session.
 //!
-//! Keys are in flight together, each with one event at a time (`order.rs`); answers come back in any order and
+//! Keys are in flight together, each with one event at a time (`event/order.rs`); answers come back in any order and
 //! each frees its key's next event. Sending stops at the claim's budget, at the first sign of an outage, and when
 //! the service drains; what was sent is still waited for, each event `ack_timeout` long. What then has no answer
 //! is judged by a probe: if the server and the stream answer, this event alone is *unanswered*; if not, it is an
@@ -26,14 +26,14 @@ use uuid::Uuid;
 use crate::announce::announce;
 use crate::answer::{Answer, StreamFacts};
 use crate::boottime::Boottime;
+use crate::event::order::Order;
+use crate::event::retry::{self, Failure};
+use crate::event::topic_map;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
-use crate::order::Order;
 use crate::publisher::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Session};
-use crate::retry::{self, Failure};
-use crate::topic_map;
 
 /// Unacknowledged events of all workers together. A stream's leader refuses more than 10,000 waiting messages
 /// (nats-server 2.11, `max_buffered_msgs`), and half of that already hides every round trip.

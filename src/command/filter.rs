@@ -6,7 +6,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::topic_map;
+use crate::event::topic_map;
 
 /// The regular expression of PostgreSQL's that matches the topics which a pattern matches: `*` is one token, a last
 /// `>` one or more.

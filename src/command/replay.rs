@@ -26,15 +26,15 @@ use super::status::Format;
 use super::terminal::agreed;
 use crate::boottime::Boottime;
 use crate::config::Config;
+use crate::event::retry::Policy;
+use crate::event::topic_map;
 use crate::event::{Event, Outcome};
 use crate::health::Health;
 use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Unanswered, Unsettled};
 use crate::publisher::Publisher;
-use crate::retry::Policy;
 use crate::store::{ClaimSettings, FoundEvent, FoundPublished, Selection, Store};
-use crate::topic_map;
 
 /// Events of a page at most.
 const PAGE_MAX: usize = 500;

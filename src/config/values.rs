@@ -13,8 +13,8 @@ use std::time::Duration;
 use super::Secret;
 use super::reading::Faults;
 use super::yaml::{Node, Value};
-use crate::headers;
-use crate::topic_map::{self, TopicMap};
+use crate::event::headers;
+use crate::event::topic_map::{self, TopicMap};
 
 /// PostgreSQL's own limit on a name, in bytes.
 const MAX_NAME: usize = 63;

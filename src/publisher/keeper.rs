@@ -22,11 +22,11 @@ use super::session::{ProbeFailure, Session};
 use super::tunnel::Plan;
 use super::{Publisher, Shared, seconds};
 use crate::answer::{self, StreamFacts};
+use crate::event::topic_map::TopicMap;
 use crate::health::Part;
 use crate::live::Live;
 use crate::outage::Gate;
 use crate::preflight::{self, Finding, Needs};
-use crate::topic_map::TopicMap;
 
 /// How often the keeper looks at a link that is idle.
 const IDLE_CHECK: Duration = Duration::from_secs(5);

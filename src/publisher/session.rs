@@ -23,7 +23,7 @@ use crate::event::Event;
 pub struct Outgoing {
     /// Subject to publish to.
     pub subject: String,
-    /// Header lines as `headers.rs` builds them: `Nats-Msg-Id` first, each line ended by CR LF.
+    /// Header lines as `event/headers.rs` builds them: `Nats-Msg-Id` first, each line ended by CR LF.
     pub headers: String,
     /// The event whose payload is sent.
     pub event: Arc<Event>,
