@@ -14,9 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::boottime::Boottime;
+use crate::config::live::Settings;
 use crate::event::headers::Death;
 use crate::event::{Event, Outcome};
-use crate::live::Settings;
 use crate::publisher::{NoFence, NotSent, Outgoing, Session};
 
 /// Longest wait for the server: what a claim may take beyond its own waits, before the database gives it up.

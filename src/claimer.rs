@@ -33,9 +33,9 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 
 use self::search::{REWIND_INTERVAL, Search};
 use crate::boottime::Boottime;
+use crate::config::live::Live;
 use crate::health::{Health, Heartbeat, Part};
 use crate::lane::marks::Basis;
-use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::publisher::Publisher;
 use crate::store::{ClaimLimits, Fresh, Head, LANES, Large, Locked, Opening, Sessions, Store, StoreError};

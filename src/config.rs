@@ -10,6 +10,7 @@
 //! what a reload may change; the keys, their defaults, ranges and mutual limits are in this file.
 
 mod changes;
+pub mod live;
 mod reading;
 mod secrets;
 mod values;

@@ -37,7 +37,6 @@ pub mod health;
 pub mod http;
 pub mod janitor;
 pub mod lane;
-pub mod live;
 pub mod logging;
 pub mod metrics;
 pub mod outage;

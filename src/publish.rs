@@ -26,12 +26,12 @@ use uuid::Uuid;
 use crate::announce::announce;
 use crate::answer::{Answer, StreamFacts};
 use crate::boottime::Boottime;
+use crate::config::live::{Live, Settings};
 use crate::event::order::Order;
 use crate::event::retry::{self, Failure};
 use crate::event::topic_map;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
-use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::publisher::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Session};
 

@@ -23,11 +23,11 @@ use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::claimer::Claimer;
+use crate::config::live::{Live, Settings};
 use crate::config::{Changes, Config, OnDead};
 use crate::health::{Health, Heartbeat};
 use crate::http::Http;
 use crate::janitor::Janitor;
-use crate::live::{Live, Settings};
 use crate::metrics::Metrics;
 use crate::publish::{Publish, Unanswered, Unsettled};
 use crate::publisher::{Keeper, Publisher};

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossbeam_channel::{Receiver, select};
 
+use crate::config::live::Live;
 use crate::health::Heartbeat;
-use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::store::{Dropped, Partition, Partitions, Store, StoreError, UpkeepTurn};
 

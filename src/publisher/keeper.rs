@@ -22,9 +22,9 @@ use super::session::{ProbeFailure, Session};
 use super::tunnel::Plan;
 use super::{Publisher, Shared, seconds};
 use crate::answer::{self, StreamFacts};
+use crate::config::live::Live;
 use crate::event::topic_map::TopicMap;
 use crate::health::Part;
-use crate::live::Live;
 use crate::outage::Gate;
 use crate::preflight::{self, Finding, Needs};
 
