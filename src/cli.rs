@@ -12,7 +12,7 @@ use pg_outbox::command::dead::{self, MessageId};
 use pg_outbox::command::terminal::Consent;
 use pg_outbox::command::{filter, migrate, partitions, replay, status};
 use pg_outbox::config::DEFAULT_PATH;
-use pg_outbox::store::Selection;
+use pg_outbox::postgres::Selection;
 use uuid::Uuid;
 
 /// What `--help` says after the options.

@@ -28,8 +28,8 @@ use tiny_http::{HTTPVersion, Header, Method, Response, StatusCode};
 use crate::config;
 use crate::health::{self, Facts, Health, ThreadState, Verdict};
 use crate::metrics::{Metrics, Totals};
+use crate::postgres::{DeadLetter, Retry};
 use crate::recent::{self, Columns, Reading, Recent, Waiting};
-use crate::store::{DeadLetter, Retry};
 
 mod page;
 

@@ -13,8 +13,8 @@ use crossbeam_channel::{Receiver, select};
 
 use crate::health::Heartbeat;
 use crate::metrics::{Backlog, Metrics};
+use crate::postgres::{Store, StoreError};
 use crate::recent::{MAX_LISTED, Waiting};
-use crate::store::{Store, StoreError};
 
 /// Time between two counts of the backlog, and between two lists.
 const INTERVAL: Duration = Duration::from_secs(5);

@@ -19,12 +19,11 @@
 //! [`topic_map`] topic to subject · [`headers`] metadata to headers · [`answer`] what JetStream says ·
 //! [`preflight`] what of a stream does not fit · [`adoption`] what a foreign table lacks · [`outage`] the gate · [`health`] live and ready · [`live`] what a
 //! reload changes. These are plain data and pure decisions. [`tls`] is what both servers' connections have in common.
-//! Then [`store`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`], [`recent`]; the threads [`claimer`],
+//! Then [`mod@postgres`] (all of PostgreSQL), [`publisher`] (all of NATS), [`metrics`], [`recent`]; the threads [`claimer`],
 //! [`worker`] with [`publish`] and [`announce`], [`wakeup`], [`janitor`], [`upkeep`], [`http`]; [`service`], which starts, supervises and
 //! drains them; and the [`command`]s. [`failpoint`](mod@failpoint) names the steps of a claim at which the tests kill
 //! the process.
 
-pub mod adoption;
 pub mod announce;
 pub mod answer;
 pub mod boottime;
@@ -40,13 +39,13 @@ pub mod lane;
 pub mod logging;
 pub mod metrics;
 pub mod outage;
+pub mod postgres;
 pub mod preflight;
 pub mod publish;
 pub mod publisher;
 pub mod recent;
 pub mod sandbox;
 pub mod service;
-pub mod store;
 pub mod systemd;
 pub mod tls;
 pub mod upkeep;

@@ -13,7 +13,7 @@ use pg_outbox::command::demo::{self, DemoOptions};
 use pg_outbox::command::terminal::harmless;
 use pg_outbox::command::{bench, check, dead, generate, migrate, partitions, replay, run, status};
 use pg_outbox::config::{Config, ConfigError};
-use pg_outbox::store::Adopting;
+use pg_outbox::postgres::Adopting;
 
 use self::cli::{Cli, Command, format};
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::metrics::{Durations, Totals};
-use crate::store::{DeadLetter, Retry};
+use crate::postgres::{DeadLetter, Retry};
 
 /// Time between two samples.
 pub const STEP: Duration = Duration::from_secs(5);

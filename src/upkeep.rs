@@ -18,7 +18,7 @@ use crossbeam_channel::{Receiver, select};
 use crate::config::live::Live;
 use crate::health::Heartbeat;
 use crate::metrics::Metrics;
-use crate::store::{Dropped, Partition, Partitions, Store, StoreError, UpkeepTurn};
+use crate::postgres::{Dropped, Partition, Partitions, Store, StoreError, UpkeepTurn};
 
 /// Time between two rounds.
 const ROUND: Duration = Duration::from_secs(600);

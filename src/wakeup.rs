@@ -1,7 +1,7 @@
 //! The wake-up: how a claimer that sleeps hears of new events, at no cost to writers while it does not sleep.
 //!
 //! A transaction that notifies holds a lock of the whole database through its commit, so a busy system must not
-//! notify. Hence writers notify only while somebody sleeps, which they see by a lock (see `store/wake.rs`):
+//! notify. Hence writers notify only while somebody sleeps, which they see by a lock (see `postgres/wake.rs`):
 //!
 //! 1. The claimer found nothing and says that it is [`Doze::asleep`].
 //! 2. The *sleep lock* thread asks for the lock, alone. From now on every writer that inserts will notify.
@@ -26,7 +26,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, select};
 
 use crate::config::Secret;
 use crate::health::Heartbeat;
-use crate::store::{Asked, Listener, SleepLock, Store, StoreError};
+use crate::postgres::{Asked, Listener, SleepLock, Store, StoreError};
 
 /// Longest single wait; stop and a lost lock are noticed at the latest after it.
 const WAIT: Duration = Duration::from_millis(500);

@@ -20,8 +20,8 @@ use crate::failpoint;
 use crate::health::Heartbeat;
 use crate::lane::marks::Basis;
 use crate::metrics::Metrics;
+use crate::postgres::{Claim, LaneEnd, Large, Locked, Settled, StoreError};
 use crate::publish::{Publish, Report};
-use crate::store::{Claim, LaneEnd, Large, Locked, Settled, StoreError};
 
 /// A claim on its way from the claimer to a worker.
 pub struct Job {

@@ -13,7 +13,7 @@ use serde_yaml::Value;
 
 /// A file of the repository.
 struct Source {
-    /// Path from the root: `src/store.rs`.
+    /// Path from the root: `src/postgres.rs`.
     path: String,
     text: String,
 }
@@ -105,9 +105,9 @@ fn names_crate(line: &str, name: &str) -> bool {
 fn each_outside_crate_of_the_core_is_named_in_one_place() {
     let homes = [
         ("nats", "src/publisher.rs"),
-        ("postgres", "src/store.rs"),
-        ("r2d2", "src/store.rs"),
-        ("tokio_postgres_rustls", "src/store.rs"),
+        ("postgres", "src/postgres.rs"),
+        ("r2d2", "src/postgres.rs"),
+        ("tokio_postgres_rustls", "src/postgres.rs"),
         ("rustls", "src/tls.rs"),
         ("rustls_native_certs", "src/tls.rs"),
         ("tiny_http", "src/http.rs"),

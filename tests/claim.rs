@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use pg_outbox::config::{Database, DsnParts, PreparedStatements, Secret};
 use pg_outbox::event::{Event, Outcome};
 use pg_outbox::lane::marks;
-use pg_outbox::store::{
+use pg_outbox::postgres::{
     Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, Fresh, LANES, Large, Locked, Settled, Store,
     StoreError,
 };
@@ -863,7 +863,7 @@ fn the_backlog_counts_what_waits() {
 fn every_statement_prepares_against_the_schema() {
     let db = database();
     let mut client = db.client();
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/postgres");
     let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let files: Vec<_> = files.filter(|path| path.extension().is_some_and(|end| end == "sql")).collect();
     assert!(files.len() >= 10);
@@ -942,38 +942,48 @@ impl Planned {
             (
                 "find_lanes",
                 "int[], bigint[], bool, bool, bigint",
-                concat!(include_str!("../src/store/held.sql"), include_str!("../src/store/find_lanes.sql")),
+                concat!(
+                    include_str!("../src/postgres/held.sql"),
+                    include_str!("../src/postgres/find_lanes.sql")
+                ),
             ),
             (
                 "find_fresh",
                 "int[], bigint[], bool, bool, bigint",
-                concat!(include_str!("../src/store/held.sql"), include_str!("../src/store/find_fresh.sql")),
+                concat!(
+                    include_str!("../src/postgres/held.sql"),
+                    include_str!("../src/postgres/find_fresh.sql")
+                ),
             ),
-            ("lock_fresh", "int[], bigint, int", include_str!("../src/store/lock_fresh.sql")),
-            ("lock_lanes", "int[], int", include_str!("../src/store/lock_lanes.sql")),
+            ("lock_fresh", "int[], bigint, int", include_str!("../src/postgres/lock_fresh.sql")),
+            ("lock_lanes", "int[], int", include_str!("../src/postgres/lock_lanes.sql")),
             (
                 "read_any",
                 "int[], int, bool, bool, bigint, bigint, bigint[], bigint",
                 concat!(
-                    include_str!("../src/store/held.sql"),
-                    include_str!("../src/store/read_before.sql"),
-                    include_str!("../src/store/read_any.sql"),
-                    include_str!("../src/store/read_after.sql"),
+                    include_str!("../src/postgres/held.sql"),
+                    include_str!("../src/postgres/read_before.sql"),
+                    include_str!("../src/postgres/read_any.sql"),
+                    include_str!("../src/postgres/read_after.sql"),
                 ),
             ),
             (
                 "read_fresh",
                 "int[], int, bool, bool, bigint, bigint, bigint[], bigint",
                 concat!(
-                    include_str!("../src/store/held.sql"),
-                    include_str!("../src/store/read_before.sql"),
-                    include_str!("../src/store/read_fresh.sql"),
-                    include_str!("../src/store/read_after.sql"),
-                    include_str!("../src/store/read_held.sql"),
+                    include_str!("../src/postgres/held.sql"),
+                    include_str!("../src/postgres/read_before.sql"),
+                    include_str!("../src/postgres/read_fresh.sql"),
+                    include_str!("../src/postgres/read_after.sql"),
+                    include_str!("../src/postgres/read_held.sql"),
                 ),
             ),
-            ("left_out", "int[], bigint[], bigint[], bigint[]", include_str!("../src/store/left_out.sql")),
-            ("settle_published", "uuid[], timestamptz[]", include_str!("../src/store/settle_published.sql")),
+            ("left_out", "int[], bigint[], bigint[], bigint[]", include_str!("../src/postgres/left_out.sql")),
+            (
+                "settle_published",
+                "uuid[], timestamptz[]",
+                include_str!("../src/postgres/settle_published.sql"),
+            ),
         ] {
             client.batch_execute(&format!("PREPARE {name} ({types}) AS {text}")).unwrap();
         }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_outbox::store::{ClaimSettings, Store};
+use pg_outbox::postgres::{ClaimSettings, Store};
 use serde_json::Value;
 
 use super::harness::workload::writers_until;

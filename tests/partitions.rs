@@ -205,7 +205,7 @@ fn one_instance_at_a_time_looks_after_the_partitions() {
     make_old_partitions(&db, 4);
     let mut other = db.client();
     other.batch_execute("BEGIN").unwrap();
-    assert!(other.query_one(include_str!("../src/store/upkeep_turn.sql"), &[]).unwrap().get::<_, bool>(0));
+    assert!(other.query_one(include_str!("../src/postgres/upkeep_turn.sql"), &[]).unwrap().get::<_, bool>(0));
     let config = Config::new(&db, &stream);
     let daemon = Daemon::start(&config);
     wait_until("it sees that another is at it", LIMIT, &[&daemon], || {

@@ -9,8 +9,8 @@ use std::process::Output;
 use std::time::Duration;
 
 use pg_outbox::config::Database;
+use pg_outbox::postgres::{ClaimSettings, Listener, SleepLock, Store};
 use pg_outbox::sandbox::{Postgres, PostgresOptions};
-use pg_outbox::store::{ClaimSettings, Listener, SleepLock, Store};
 
 use crate::claim::settings_for;
 use crate::harness::certificates::{Authority, Issued};

@@ -7,7 +7,7 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use pg_outbox::command::migrate::{self, Order};
-use pg_outbox::store::{ClaimSettings, Store};
+use pg_outbox::postgres::{ClaimSettings, Store};
 use postgres::Client;
 
 use crate::claim::{claim_from, settings_for};

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::REST_MIN;
 use crate::lane::marks::{self, Basis, Cursors};
-use crate::store::{Found, LANES, LaneEnd, ServerLife, StoreError};
+use crate::postgres::{Found, LANES, LaneEnd, ServerLife, StoreError};
 use crate::worker::{Finished, Job, ReadSummary};
 
 /// Time between two readings of the horizon while claims are made.

@@ -13,9 +13,9 @@ use crate::answer::{self, Keeping, StreamFacts};
 use crate::config::{Config, JetStream, Storage};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::postgres::{ClaimSettings, Sessions, Store};
 use crate::preflight::{self, Finding, Needs};
 use crate::publisher::Publisher;
-use crate::store::{ClaimSettings, Sessions, Store};
 
 /// Checks everything and prints one line each. True when all is ready.
 ///

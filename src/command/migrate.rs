@@ -10,7 +10,7 @@ use std::io::Write;
 use anyhow::{Context, Result};
 
 use crate::config::Database;
-use crate::store::{Adopting, Migrated, Store};
+use crate::postgres::{Adopting, Migrated, Store};
 
 /// What makes events wait for each other, chosen by the first migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

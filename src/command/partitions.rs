@@ -9,7 +9,7 @@ use std::io::Write;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::config::Config;
-use crate::store::{ClaimSettings, Dropped, Partition, Partitions, Store};
+use crate::postgres::{ClaimSettings, Dropped, Partition, Partitions, Store};
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]

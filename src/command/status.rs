@@ -17,11 +17,11 @@ use crate::answer::StreamState;
 use crate::config::{Config, OnDead};
 use crate::health::Health;
 use crate::metrics::Metrics;
-use crate::publisher::Publisher;
-use crate::store::{
+use crate::postgres::{
     BlockedKey, ClaimSettings, Instance, LANES, OpenTransaction, Partition, PartitionState, Store,
     StoreError, Topic,
 };
+use crate::publisher::Publisher;
 
 /// Entries of a list at most.
 const LIST_MAX: i64 = 10;

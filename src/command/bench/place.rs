@@ -12,9 +12,9 @@ use anyhow::{Context, Result, ensure};
 use crate::command::dispatcher::{Dispatcher, Program};
 use crate::command::migrate;
 use crate::config::{Config, DsnParts, NatsAuth, Secret};
+use crate::postgres::Plain;
 use crate::publisher::streams::{Batches, Streams};
 use crate::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
-use crate::store::Plain;
 
 /// Database of the private PostgreSQL.
 const DATABASE: &str = "bench";

@@ -1,4 +1,4 @@
-//! PostgreSQL: with the files below `store/`, the only ones that name `postgres` and `r2d2`.
+//! PostgreSQL: with the files below `postgres/`, the only ones that name `postgres` and `r2d2`.
 //!
 //! Here are the pool and what is asked of the outbox as a whole: horizon, outlook, backlog, schema. `claim.rs` makes
 //! and settles claims, `dead.rs` and `replay.rs` work for operators, `wake.rs` listens, `partitions.rs` keeps the
@@ -9,19 +9,20 @@
 //! Every method blocks its caller, on any thread; nothing here logs above debug, as callers report an outage once (but
 //! for a password that crosses the network in clear). A connection that has seen any error is closed, never pooled again.
 
-/// The statement in `store/<name>.sql`, or in several such files one after the other, and the types of its parameters.
+/// The statement in `postgres/<name>.sql`, or in several such files one after the other, and the types of its parameters.
 macro_rules! query {
     ($name:literal $(, $parameter:ident)*) => { query!($name: [$name] $(, $parameter)*) };
     ($name:literal: [$($part:literal),+] $(, $parameter:ident)*) => {
-        $crate::store::pool::Query {
+        $crate::postgres::pool::Query {
             name: $name,
-            text: concat!($(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/store/", $part, ".sql"))),+),
+            text: concat!($(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/postgres/", $part, ".sql"))),+),
             types: &[$(postgres::types::Type::$parameter),*],
         }
     };
 }
 
 mod adopt;
+mod adoption;
 mod claim;
 mod dead;
 mod dsn;

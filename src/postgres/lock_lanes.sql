@@ -1,5 +1,5 @@
 -- Locks those of the lanes $1 that no other claim has locked, at most $2, and returns them with the two times that
--- tell one life of the server from another (see server_life in store.rs).
+-- tell one life of the server from another (see server_life in postgres.rs).
 --
 -- Lanes that another claim has locked are skipped, never waited for. It locks and nothing more: the events are read
 -- by a statement of its own (read_before.sql), whose snapshot is taken after the locks.

@@ -14,8 +14,10 @@ use super::home::Home;
 use super::pool::{Query, typed};
 use super::target::Target;
 use super::{MIGRATIONS, Sessions, Store, StoreError, connect, first, read_all, schema_version, sessions};
-use crate::adoption::{self, Column, Found, How, Kind, PartIndex, Partition, Schema, Step, Violated};
 use crate::config::Database;
+use crate::postgres::adoption::{
+    self, Column, Found, How, Kind, PartIndex, Partition, Schema, Step, Violated,
+};
 
 const ADOPT_TABLE: Query = query!("adopt_table");
 const ADOPT_COLUMNS: Query = query!("adopt_columns");

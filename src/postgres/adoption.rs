@@ -30,7 +30,7 @@ const COLUMNS: [(&str, &[&str], bool); 9] = [
 
 /// What the schema's file says of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Schema {
+pub(super) struct Schema {
     /// Name, and type with what follows.
     columns: Vec<(String, String)>,
     /// Name and condition.
@@ -41,7 +41,7 @@ pub struct Schema {
 
 impl Schema {
     /// Reads the text of `schema/001_outbox.sql`.
-    pub fn read(text: &str) -> Schema {
+    pub(super) fn read(text: &str) -> Schema {
         let between = |from: &str, to: &str| {
             let rest = text.split_once(from).map_or("", |(_, rest)| rest);
             rest.split_once(to).map_or("", |(part, _)| part)
@@ -73,14 +73,14 @@ impl Schema {
     }
 
     /// The checks: name and condition.
-    pub fn checks(&self) -> &[(String, String)] {
+    pub(super) fn checks(&self) -> &[(String, String)] {
         &self.checks
     }
 }
 
 /// What is called `outboxes`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     /// Nothing.
     #[default]
     Missing,
@@ -94,86 +94,86 @@ pub enum Kind {
 
 /// A column.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Column {
+pub(super) struct Column {
     /// Its name.
-    pub name: String,
+    pub(super) name: String,
     /// Its type as PostgreSQL prints it.
-    pub type_name: String,
+    pub(super) type_name: String,
     /// It is NOT NULL.
-    pub not_null: bool,
+    pub(super) not_null: bool,
     /// It has a default.
-    pub has_default: bool,
+    pub(super) has_default: bool,
 }
 
 /// A partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Partition {
+pub(super) struct Partition {
     /// Its schema, quoted where it must be.
-    pub schema: String,
+    pub(super) schema: String,
     /// Its name.
-    pub name: String,
+    pub(super) name: String,
     /// It is a table, and not itself partitioned or foreign.
-    pub is_table: bool,
+    pub(super) is_table: bool,
     /// Its size, for people.
-    pub size: String,
+    pub(super) size: String,
     /// Its indexes.
-    pub indexes: Vec<PartIndex>,
+    pub(super) indexes: Vec<PartIndex>,
 }
 
 /// An index of a partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PartIndex {
+pub(super) struct PartIndex {
     /// Its name.
-    pub name: String,
+    pub(super) name: String,
     /// Its building was finished.
-    pub valid: bool,
+    pub(super) valid: bool,
     /// The index of the whole table that it is a part of.
-    pub part_of: Option<String>,
+    pub(super) part_of: Option<String>,
 }
 
 /// Rows of the last days that a check would refuse.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Violated {
+pub(super) struct Violated {
     /// The check.
-    pub check: String,
+    pub(super) check: String,
     /// How many.
-    pub rows: i64,
+    pub(super) rows: i64,
     /// The first one.
-    pub seq: i64,
+    pub(super) seq: i64,
 }
 
 /// What is there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Found {
+pub(super) struct Found {
     /// The relation.
-    pub kind: Kind,
+    pub(super) kind: Kind,
     /// The schema's version is recorded: everything but what [`steps`] says is there.
-    pub complete: bool,
+    pub(super) complete: bool,
     /// Columns, without dropped ones.
-    pub columns: Vec<Column>,
+    pub(super) columns: Vec<Column>,
     /// Columns of the primary key.
-    pub primary_key: Vec<String>,
+    pub(super) primary_key: Vec<String>,
     /// `seq` has a sequence of its own.
-    pub has_sequence: bool,
+    pub(super) has_sequence: bool,
     /// Names of CHECK constraints.
-    pub checks: Vec<String>,
+    pub(super) checks: Vec<String>,
     /// There is a DEFAULT partition.
-    pub has_default_partition: bool,
+    pub(super) has_default_partition: bool,
     /// Something else is called as ours would be.
-    pub default_name_is_taken: bool,
+    pub(super) default_name_is_taken: bool,
     /// Names of indexes of the whole table.
-    pub indexes: Vec<String>,
+    pub(super) indexes: Vec<String>,
     /// Partitions.
-    pub partitions: Vec<Partition>,
+    pub(super) partitions: Vec<Partition>,
     /// Functions that have the names of ours, as `name(types)`.
-    pub functions: Vec<String>,
+    pub(super) functions: Vec<String>,
     /// Checks that writers do not keep.
-    pub violated: Vec<Violated>,
+    pub(super) violated: Vec<Violated>,
 }
 
 /// How a step is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum How {
+pub(super) enum How {
     /// In a transaction, with a lock that writers meet: asked for during a moment, and again.
     Instantly,
     /// Outside of a transaction, for as long as it takes; writers go on.
@@ -182,17 +182,17 @@ pub enum How {
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Step {
+pub(super) struct Step {
     /// What, for people.
-    pub what: String,
+    pub(super) what: String,
     /// The statement.
-    pub sql: String,
+    pub(super) sql: String,
     /// How.
-    pub how: How,
+    pub(super) how: How,
 }
 
 /// Why this table cannot be adopted, each with what to do; empty when it can.
-pub fn refusals(found: &Found) -> Vec<String> {
+pub(super) fn refusals(found: &Found) -> Vec<String> {
     match &found.kind {
         Kind::Missing => {
             return vec!["there is no table outboxes: run pg-outbox migrate, without --adopt".into()];
@@ -248,7 +248,7 @@ pub fn refusals(found: &Found) -> Vec<String> {
 }
 
 /// What is missing around the table, in order.
-pub fn steps(found: &Found, schema: &Schema) -> Vec<Step> {
+pub(super) fn steps(found: &Found, schema: &Schema) -> Vec<Step> {
     let mut steps: Vec<Step> = alter(found, schema).into_iter().collect();
     for (name, rest) in schema.indexes.iter().filter(|(name, _)| !found.indexes.contains(name)) {
         steps.push(Step {
@@ -277,7 +277,7 @@ pub fn steps(found: &Found, schema: &Schema) -> Vec<Step> {
 }
 
 /// What is done last: the names of ours are freed, and the schema's file adds the rest.
-pub fn renames(found: &Found) -> Vec<Step> {
+pub(super) fn renames(found: &Found) -> Vec<Step> {
     let rename = |function: &String| {
         let name = function.split('(').next().unwrap_or_default();
         let name = name.rsplit('.').next().unwrap_or_default();
@@ -291,7 +291,7 @@ pub fn renames(found: &Found) -> Vec<Step> {
 }
 
 /// What the operator should know, one line each.
-pub fn remarks(found: &Found, schema: &Schema) -> Vec<String> {
+pub(super) fn remarks(found: &Found, schema: &Schema) -> Vec<String> {
     let missing = |check: &str| !found.checks.iter().any(|name| name == check);
     let mut remarks: Vec<String> = found
         .violated
@@ -402,7 +402,7 @@ fn part_name(table: &str, index: &str) -> String {
 }
 
 /// A name as an identifier.
-pub fn quoted(name: &str) -> String {
+pub(super) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
@@ -411,7 +411,7 @@ mod tests {
     use super::*;
 
     fn schema() -> Schema {
-        Schema::read(include_str!("../schema/001_outbox.sql"))
+        Schema::read(include_str!("../../schema/001_outbox.sql"))
     }
 
     fn column(name: &str, type_name: &str) -> Column {
@@ -459,7 +459,7 @@ mod tests {
         );
         assert_eq!(schema.checks[0].1, "jsonb_typeof(metadata) = 'object'");
         assert!(schema.checks[1].1.ends_with(")*$'"), "{}", schema.checks[1].1);
-        let text = include_str!("../schema/001_outbox.sql");
+        let text = include_str!("../../schema/001_outbox.sql");
         assert_eq!(schema.indexes.len(), text.matches("CREATE INDEX ").count());
         assert!(schema.indexes.len() >= 4);
         for (name, rest) in &schema.indexes {

@@ -1,6 +1,6 @@
 //! What the pool keeps and hands out: connections, their prepared statements, and when one must not be used again.
 //!
-//! With `store.rs`, which sets the pool up, the only file that names `r2d2`. Every use of a client goes through
+//! With `postgres.rs`, which sets the pool up, the only file that names `r2d2`. Every use of a client goes through
 //! [`Connection::attempt`]: any error dooms the connection, as nobody knows what state its transaction is in, and it is
 //! closed instead of going back. A connection also knows what its database's encoding can store of a text.
 
@@ -26,7 +26,7 @@ const WIDE_ENCODINGS: [&str; 2] = ["UTF8", "SQL_ASCII"];
 /// Longest `last_error` written, in characters; what is longer is cut.
 const LAST_ERROR_MAX_CHARS: usize = 2_000;
 
-/// A statement of `store/*.sql`, prepared once a connection where connections are sessions.
+/// A statement of `postgres/*.sql`, prepared once a connection where connections are sessions.
 pub(super) struct Query {
     pub(super) name: &'static str,
     pub(super) text: &'static str,
