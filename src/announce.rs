@@ -17,7 +17,7 @@ use crate::boottime::Boottime;
 use crate::config::live::Settings;
 use crate::event::headers::Death;
 use crate::event::{Event, Outcome};
-use crate::publisher::{NoFence, NotSent, Outgoing, Session};
+use crate::nats::{NoFence, NotSent, Outgoing, Session};
 
 /// Longest wait for the server: what a claim may take beyond its own waits, before the database gives it up.
 const PATIENCE: Duration = Duration::from_secs(5);

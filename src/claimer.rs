@@ -37,8 +37,8 @@ use crate::config::live::Live;
 use crate::health::{Health, Heartbeat, Part};
 use crate::lane::marks::Basis;
 use crate::metrics::Metrics;
+use crate::nats::Publisher;
 use crate::postgres::{ClaimLimits, Fresh, Head, LANES, Large, Locked, Opening, Sessions, Store, StoreError};
-use crate::publisher::Publisher;
 use crate::wakeup::Doze;
 use crate::worker::{Finished, Job, Stage};
 

@@ -25,7 +25,6 @@
 //! the process.
 
 pub mod announce;
-pub mod answer;
 pub mod boottime;
 pub mod claimer;
 pub mod command;
@@ -38,11 +37,9 @@ pub mod janitor;
 pub mod lane;
 pub mod logging;
 pub mod metrics;
-pub mod outage;
+pub mod nats;
 pub mod postgres;
-pub mod preflight;
 pub mod publish;
-pub mod publisher;
 pub mod recent;
 pub mod sandbox;
 pub mod service;

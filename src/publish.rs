@@ -24,7 +24,6 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::announce::announce;
-use crate::answer::{Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::config::live::{Live, Settings};
 use crate::event::order::Order;
@@ -33,7 +32,8 @@ use crate::event::topic_map;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 use crate::metrics::Metrics;
-use crate::publisher::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Session};
+use crate::nats::answer::{Answer, StreamFacts};
+use crate::nats::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Session};
 
 /// Unacknowledged events of all workers together. A stream's leader refuses more than 10,000 waiting messages
 /// (nats-server 2.11, `max_buffered_msgs`), and half of that already hides every round trip.

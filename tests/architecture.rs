@@ -104,7 +104,7 @@ fn names_crate(line: &str, name: &str) -> bool {
 #[test]
 fn each_outside_crate_of_the_core_is_named_in_one_place() {
     let homes = [
-        ("nats", "src/publisher.rs"),
+        ("nats", "src/nats.rs"),
         ("postgres", "src/postgres.rs"),
         ("r2d2", "src/postgres.rs"),
         ("tokio_postgres_rustls", "src/postgres.rs"),

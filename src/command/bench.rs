@@ -32,7 +32,7 @@ use self::place::{Outbox, Place, Statements};
 use self::report::{Report, Setting};
 use self::writers::{Dispatcher, Trigger, Writers};
 use crate::command::demo;
-use crate::publisher::streams::Batches;
+use crate::nats::streams::Batches;
 
 /// A batch is about as fast as the fastest when it drains at this part of its rate: so much do runs of one batch differ.
 const ABOUT_BEST: f64 = 0.9;

@@ -9,13 +9,13 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::terminal::harmless;
-use crate::answer::{self, Keeping, StreamFacts};
 use crate::config::{Config, JetStream, Storage};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::nats::Publisher;
+use crate::nats::answer::{self, Keeping, StreamFacts};
+use crate::nats::preflight::{self, Finding, Needs};
 use crate::postgres::{ClaimSettings, Sessions, Store};
-use crate::preflight::{self, Finding, Needs};
-use crate::publisher::Publisher;
 
 /// Checks everything and prints one line each. True when all is ready.
 ///

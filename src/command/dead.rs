@@ -24,9 +24,9 @@ use super::terminal::{Consent, agreed, harmless, printable};
 use crate::config::Config;
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::nats::Publisher;
 use crate::postgres::{CHANGE_MAX, Change, ClaimSettings, Letter, Selection, Store, Whole};
 use crate::publish;
-use crate::publisher::Publisher;
 
 /// Dead letters of one run at most.
 const SELECTED_MAX: i64 = 1_000_000;

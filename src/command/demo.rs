@@ -24,7 +24,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::command::dispatcher::{Dispatcher, Program};
 use crate::config::NatsAuth;
-use crate::publisher::reader::{Stored, StreamReader};
+use crate::nats::reader::{Stored, StreamReader};
 use crate::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 
 /// Connections that insert at the same time.

@@ -32,9 +32,9 @@ use crate::event::topic_map;
 use crate::event::{Event, Outcome};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::nats::Publisher;
 use crate::postgres::{ClaimSettings, FoundEvent, FoundPublished, Selection, Store};
 use crate::publish::{Publish, Unanswered, Unsettled};
-use crate::publisher::Publisher;
 
 /// Events of a page at most.
 const PAGE_MAX: usize = 500;

@@ -13,15 +13,15 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::terminal::printable;
-use crate::answer::StreamState;
 use crate::config::{Config, OnDead};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use crate::nats::Publisher;
+use crate::nats::answer::StreamState;
 use crate::postgres::{
     BlockedKey, ClaimSettings, Instance, LANES, OpenTransaction, Partition, PartitionState, Store,
     StoreError, Topic,
 };
-use crate::publisher::Publisher;
 
 /// Entries of a list at most.
 const LIST_MAX: i64 = 10;

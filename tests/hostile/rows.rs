@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pg_outbox::config::NatsAuth;
-use pg_outbox::publisher::reader::StreamReader;
+use pg_outbox::nats::reader::StreamReader;
 use pg_outbox::sandbox::{Nats, NatsOptions};
 use postgres::{Client, NoTls};
 use serde_json::json;

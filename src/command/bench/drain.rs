@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use super::place::{Dispatch, Outbox, Statements};
 use super::{Bench, process};
 use crate::command::dispatcher::Dispatcher;
+use crate::nats::streams::Batches;
 use crate::postgres::Plain;
-use crate::publisher::streams::Batches;
 
 /// Time between two looks at how far a drain is.
 const LOOK: Duration = Duration::from_millis(20);

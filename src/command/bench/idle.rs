@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::place::{Dispatch, Outbox, Statements};
 use super::{Bench, drain, process};
-use crate::publisher::streams::Batches;
+use crate::nats::streams::Batches;
 
 /// Time for the dispatcher to fall asleep.
 const SETTLE_DOWN: Duration = Duration::from_secs(4);

@@ -16,9 +16,9 @@ use super::Bench;
 use super::drain::{INSERT_PREPARED, Keys, empty, prepare};
 use super::place::{Dispatch, Outbox, Statements};
 use crate::command::dispatcher::Dispatcher;
+use crate::nats::reader::StreamReader;
+use crate::nats::streams::Batches;
 use crate::postgres::Insert;
-use crate::publisher::reader::StreamReader;
-use crate::publisher::streams::Batches;
 
 /// How long everything written may take to arrive.
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);

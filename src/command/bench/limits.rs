@@ -16,9 +16,9 @@ use crate::config::{Database, PreparedStatements};
 use crate::event::headers::HeaderPolicy;
 use crate::event::{Event, Outcome};
 use crate::lane::marks;
+use crate::nats::raw::{Message, Raw};
+use crate::nats::streams::Batches;
 use crate::postgres::{ClaimLimits, ClaimSettings, LANES, Large, Store};
-use crate::publisher::raw::{Message, Raw};
-use crate::publisher::streams::Batches;
 
 /// Messages without an ack at most: where the service's own limit is, and a stream's is not far.
 const WINDOW: usize = 5_000;

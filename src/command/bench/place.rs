@@ -12,8 +12,8 @@ use anyhow::{Context, Result, ensure};
 use crate::command::dispatcher::{Dispatcher, Program};
 use crate::command::migrate;
 use crate::config::{Config, DsnParts, NatsAuth, Secret};
+use crate::nats::streams::{Batches, Streams};
 use crate::postgres::Plain;
-use crate::publisher::streams::{Batches, Streams};
 use crate::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 
 /// Database of the private PostgreSQL.

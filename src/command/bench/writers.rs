@@ -14,8 +14,8 @@ use rustix::process::Signal;
 use super::Bench;
 use super::drain::{Keys, empty, insert_sql};
 use super::place::{Dispatch, Outbox, Statements};
+use crate::nats::streams::Batches;
 use crate::postgres::Plain;
-use crate::publisher::streams::Batches;
 
 /// Sessions that insert at the same time.
 const WRITERS: usize = 16;

@@ -21,12 +21,12 @@ use super::login::Login;
 use super::session::{ProbeFailure, Session};
 use super::tunnel::Plan;
 use super::{Publisher, Shared, seconds};
-use crate::answer::{self, StreamFacts};
 use crate::config::live::Live;
 use crate::event::topic_map::TopicMap;
 use crate::health::Part;
-use crate::outage::Gate;
-use crate::preflight::{self, Finding, Needs};
+use crate::nats::answer::{self, StreamFacts};
+use crate::nats::breaker::Gate;
+use crate::nats::preflight::{self, Finding, Needs};
 
 /// How often the keeper looks at a link that is idle.
 const IDLE_CHECK: Duration = Duration::from_secs(5);

@@ -10,8 +10,8 @@
 
 use std::time::Duration;
 
-use crate::answer::{Keeping, StreamFacts};
 use crate::event::topic_map::{self, TopicMap};
+use crate::nats::answer::{Keeping, StreamFacts};
 
 /// What the configuration asks of the stream.
 #[derive(Debug, Clone, Copy)]

@@ -28,9 +28,9 @@ use super::greeting::Greeting;
 use super::login::Login;
 use super::patience::Patience;
 use super::tunnel::{self, Plan};
-use crate::answer;
 use crate::boottime::Boottime;
 use crate::event::Event;
+use crate::nats::answer;
 
 /// Messages that a session hands to the writer at once, at most. Handed over one by one, each may wake the writer, which
 /// then flushes what is a few messages at a time.

@@ -1,14 +1,17 @@
 //! Everything between us and NATS, behind one type. Only the files below this one name the `nats` crate.
 //!
 //! [`Publisher`] is what the service's threads share: the present link, the stream's facts, and the gate (see
-//! `outage.rs`) that an outage closes. Workers publish through a [`Session`] on the present link; the [`Keeper`]
+//! `nats/breaker.rs`) that an outage closes. Workers publish through a [`Session`] on the present link; the [`Keeper`]
 //! thread makes links, probes them, and opens the gate again.
 
+pub mod answer;
+pub mod breaker;
 mod greeting;
 mod keeper;
 mod link;
 mod login;
 mod patience;
+pub mod preflight;
 pub mod raw;
 pub mod reader;
 mod session;
@@ -24,11 +27,11 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 pub use self::keeper::{Keeper, Survey};
 use self::link::Link;
 pub use self::session::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Session};
-use crate::answer::{Answer, StreamFacts};
 use crate::config;
 use crate::health::Health;
 use crate::metrics::Metrics;
-use crate::outage::{Change, Gate, Outage};
+use crate::nats::answer::{Answer, StreamFacts};
+use crate::nats::breaker::{Change, Gate, Outage};
 
 /// How fresh the stream's facts must be to judge an event by them.
 const FACTS_FRESH: Duration = Duration::from_secs(1);

@@ -14,10 +14,10 @@ use crossbeam_channel::{Receiver, Select, TrySendError, select};
 
 use super::link::{Body, CHUNK_MESSAGES, Inbound, Link, NotAfter, Written};
 use super::patience::Patience;
-use crate::answer::{self, Answer, StreamFacts};
 use crate::boottime::Boottime;
 use crate::config;
 use crate::event::Event;
+use crate::nats::answer::{self, Answer, StreamFacts};
 
 /// One message on its way to the writer.
 pub struct Outgoing {
