@@ -28,10 +28,10 @@ pub use self::keeper::{Keeper, Survey};
 use self::link::Link;
 pub use self::session::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Session};
 use crate::config;
-use crate::health::Health;
-use crate::metrics::Metrics;
 use crate::nats::answer::{Answer, StreamFacts};
 use crate::nats::breaker::{Change, Gate, Outage};
+use crate::ops::health::Health;
+use crate::ops::metrics::Metrics;
 
 /// How fresh the stream's facts must be to judge an event by them.
 const FACTS_FRESH: Duration = Duration::from_secs(1);

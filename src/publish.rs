@@ -31,9 +31,9 @@ use crate::event::retry::{self, Failure};
 use crate::event::topic_map;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
-use crate::metrics::Metrics;
 use crate::nats::answer::{Answer, StreamFacts};
 use crate::nats::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Session};
+use crate::ops::metrics::Metrics;
 
 /// Unacknowledged events of all workers together. A stream's leader refuses more than 10,000 waiting messages
 /// (nats-server 2.11, `max_buffered_msgs`), and half of that already hides every round trip.

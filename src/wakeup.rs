@@ -25,7 +25,7 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, select};
 
 use crate::config::Secret;
-use crate::health::Heartbeat;
+use crate::ops::health::Heartbeat;
 use crate::postgres::{Asked, Listener, SleepLock, Store, StoreError};
 
 /// Longest single wait; stop and a lost lock are noticed at the latest after it.

@@ -17,9 +17,9 @@ use crossbeam_channel::{Receiver, Sender};
 use crate::boottime::Boottime;
 use crate::event::Outcome;
 use crate::failpoint;
-use crate::health::Heartbeat;
 use crate::lane::marks::Basis;
-use crate::metrics::Metrics;
+use crate::ops::health::Heartbeat;
+use crate::ops::metrics::Metrics;
 use crate::postgres::{Claim, LaneEnd, Large, Locked, Settled, StoreError};
 use crate::publish::{Publish, Report};
 

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pg_outbox::metrics::Metrics;
+use pg_outbox::ops::metrics::Metrics;
 use serde_yaml::Value;
 
 /// A file of the repository.

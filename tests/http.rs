@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use pg_outbox::config;
-use pg_outbox::health::{Health, Part};
-use pg_outbox::http::{CLIENT_DEADLINE, Http, MAX_CLIENTS, MAX_HEAD_BYTES};
-use pg_outbox::metrics::Metrics;
-use pg_outbox::recent::Waiting;
+use pg_outbox::ops::health::{Health, Part};
+use pg_outbox::ops::http::{CLIENT_DEADLINE, Http, MAX_CLIENTS, MAX_HEAD_BYTES};
+use pg_outbox::ops::metrics::Metrics;
+use pg_outbox::ops::recent::Waiting;
 
 /// A running server; stopped when dropped.
 struct Server {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use pg_outbox::metrics::Metrics;
+use pg_outbox::ops::metrics::Metrics;
 use serde_json::{Value, json};
 
 use super::harness::{Config, Daemon, database, stream, wait_until};

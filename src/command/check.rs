@@ -10,11 +10,11 @@ use anyhow::Result;
 
 use super::terminal::harmless;
 use crate::config::{Config, JetStream, Storage};
-use crate::health::Health;
-use crate::metrics::Metrics;
 use crate::nats::Publisher;
 use crate::nats::answer::{self, Keeping, StreamFacts};
 use crate::nats::preflight::{self, Finding, Needs};
+use crate::ops::health::Health;
+use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimSettings, Sessions, Store};
 
 /// Checks everything and prints one line each. True when all is ready.

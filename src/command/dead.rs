@@ -22,9 +22,9 @@ use super::partitions::Mode;
 use super::status::Format;
 use super::terminal::{Consent, agreed, harmless, printable};
 use crate::config::Config;
-use crate::health::Health;
-use crate::metrics::Metrics;
 use crate::nats::Publisher;
+use crate::ops::health::Health;
+use crate::ops::metrics::Metrics;
 use crate::postgres::{CHANGE_MAX, Change, ClaimSettings, Letter, Selection, Store, Whole};
 use crate::publish;
 

@@ -30,9 +30,9 @@ use crate::config::live::{Live, Settings};
 use crate::event::retry::Policy;
 use crate::event::topic_map;
 use crate::event::{Event, Outcome};
-use crate::health::Health;
-use crate::metrics::Metrics;
 use crate::nats::Publisher;
+use crate::ops::health::Health;
+use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimSettings, FoundEvent, FoundPublished, Selection, Store};
 use crate::publish::{Publish, Unanswered, Unsettled};
 

@@ -13,11 +13,11 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::config::{Changes, Config};
-use crate::health::Verdict;
-use crate::logging;
-use crate::metrics::Totals;
+use crate::ops::health::Verdict;
+use crate::ops::logging;
+use crate::ops::metrics::Totals;
+use crate::ops::systemd::Systemd;
 use crate::service::Service;
-use crate::systemd::Systemd;
 
 /// Signals that may wait to be read.
 const SIGNALS_MAX: usize = 8;

@@ -14,10 +14,10 @@ use serde::Serialize;
 
 use super::terminal::printable;
 use crate::config::{Config, OnDead};
-use crate::health::Health;
-use crate::metrics::Metrics;
 use crate::nats::Publisher;
 use crate::nats::answer::StreamState;
+use crate::ops::health::Health;
+use crate::ops::metrics::Metrics;
 use crate::postgres::{
     BlockedKey, ClaimSettings, Instance, LANES, OpenTransaction, Partition, PartitionState, Store,
     StoreError, Topic,

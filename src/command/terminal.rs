@@ -8,7 +8,7 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use anyhow::{Result, bail};
 
-use crate::logging::turns_text;
+use crate::ops::logging::turns_text;
 
 /// Longest text shown in a table, in characters.
 pub const SHOWN_MAX: usize = 70;

@@ -23,10 +23,10 @@ use super::tunnel::Plan;
 use super::{Publisher, Shared, seconds};
 use crate::config::live::Live;
 use crate::event::topic_map::TopicMap;
-use crate::health::Part;
 use crate::nats::answer::{self, StreamFacts};
 use crate::nats::breaker::Gate;
 use crate::nats::preflight::{self, Finding, Needs};
+use crate::ops::health::Part;
 
 /// How often the keeper looks at a link that is idle.
 const IDLE_CHECK: Duration = Duration::from_secs(5);

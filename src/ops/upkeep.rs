@@ -16,8 +16,8 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, select};
 
 use crate::config::live::Live;
-use crate::health::Heartbeat;
-use crate::metrics::Metrics;
+use crate::ops::health::Heartbeat;
+use crate::ops::metrics::Metrics;
 use crate::postgres::{Dropped, Partition, Partitions, Store, StoreError, UpkeepTurn};
 
 /// Time between two rounds.

@@ -17,7 +17,7 @@ use std::time::Duration;
 use log::{error, warn};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::health::Verdict;
+use crate::ops::health::Verdict;
 
 /// The line to systemd.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::metrics::{Durations, Totals};
+use crate::ops::metrics::{Durations, Totals};
 use crate::postgres::{DeadLetter, Retry};
 
 /// Time between two samples.

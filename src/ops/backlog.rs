@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossbeam_channel::{Receiver, select};
 
-use crate::health::Heartbeat;
-use crate::metrics::{Backlog, Metrics};
+use crate::ops::health::Heartbeat;
+use crate::ops::metrics::{Backlog, Metrics};
+use crate::ops::recent::{MAX_LISTED, Waiting};
 use crate::postgres::{Store, StoreError};
-use crate::recent::{MAX_LISTED, Waiting};
 
 /// Time between two counts of the backlog, and between two lists.
 const INTERVAL: Duration = Duration::from_secs(5);

@@ -26,10 +26,10 @@ use serde::Serialize;
 use tiny_http::{HTTPVersion, Header, Method, Response, StatusCode};
 
 use crate::config;
-use crate::health::{self, Facts, Health, ThreadState, Verdict};
-use crate::metrics::{Metrics, Totals};
+use crate::ops::health::{self, Facts, Health, ThreadState, Verdict};
+use crate::ops::metrics::{Metrics, Totals};
+use crate::ops::recent::{self, Columns, Reading, Recent, Waiting};
 use crate::postgres::{DeadLetter, Retry};
-use crate::recent::{self, Columns, Reading, Recent, Waiting};
 
 mod page;
 
