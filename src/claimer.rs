@@ -39,8 +39,8 @@ use crate::nats::Publisher;
 use crate::ops::health::{Health, Heartbeat, Part};
 use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimLimits, Fresh, Head, LANES, Large, Locked, Opening, Sessions, Store, StoreError};
+use crate::publish::worker::{Finished, Job, Stage};
 use crate::wakeup::Doze;
-use crate::worker::{Finished, Job, Stage};
 
 /// First and longest pause between claims that fail.
 const TROUBLE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));

@@ -24,7 +24,6 @@
 //! drains them; and the [`command`]s. [`failpoint`](mod@failpoint) names the steps of a claim at which the tests kill
 //! the process.
 
-pub mod announce;
 pub mod boottime;
 pub mod claimer;
 pub mod command;
@@ -40,4 +39,3 @@ pub mod sandbox;
 pub mod service;
 pub mod tls;
 pub mod wakeup;
-pub mod worker;

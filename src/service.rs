@@ -33,9 +33,9 @@ use crate::ops::metrics::Metrics;
 use crate::ops::recent::Waiting;
 use crate::ops::upkeep::Upkeep;
 use crate::postgres::{ClaimSettings, Store, UPKEEP_STEP};
-use crate::publish::{Publish, Unanswered, Unsettled};
+use crate::publish::flight::{Publish, Unanswered, Unsettled};
+use crate::publish::worker::{DrainCount, Finished, Job, Worker};
 use crate::wakeup::{Doze, Sleeper, Wakeup};
-use crate::worker::{DrainCount, Finished, Job, Worker};
 
 /// The running service.
 ///

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::REST_MIN;
 use crate::lane::marks::{self, Basis, Cursors};
 use crate::postgres::{Found, LANES, LaneEnd, ServerLife, StoreError};
-use crate::worker::{Finished, Job, ReadSummary};
+use crate::publish::worker::{Finished, Job, ReadSummary};
 
 /// Time between two readings of the horizon while claims are made.
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);

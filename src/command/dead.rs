@@ -26,7 +26,7 @@ use crate::nats::Publisher;
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{CHANGE_MAX, Change, ClaimSettings, Letter, Selection, Store, Whole};
-use crate::publish;
+use crate::publish::flight;
 
 /// Dead letters of one run at most.
 const SELECTED_MAX: i64 = 1_000_000;

@@ -21,7 +21,7 @@ use crate::lane::marks::Basis;
 use crate::ops::health::Heartbeat;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{Claim, LaneEnd, Large, Locked, Settled, StoreError};
-use crate::publish::{Publish, Report};
+use crate::publish::flight::{Publish, Report};
 
 /// A claim on its way from the claimer to a worker.
 pub struct Job {
