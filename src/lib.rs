@@ -25,7 +25,7 @@
 //! the process.
 
 pub mod boottime;
-pub mod claimer;
+pub mod claim;
 pub mod command;
 pub mod config;
 pub mod event;
@@ -38,4 +38,3 @@ pub mod publish;
 pub mod sandbox;
 pub mod service;
 pub mod tls;
-pub mod wakeup;

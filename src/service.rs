@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::claimer::Claimer;
+use crate::claim::claimer::Claimer;
+use crate::claim::wakeup::{Doze, Sleeper, Wakeup};
 use crate::config::live::{Live, Settings};
 use crate::config::{Changes, Config, OnDead};
 use crate::nats::{Keeper, Publisher};
@@ -35,7 +36,6 @@ use crate::ops::upkeep::Upkeep;
 use crate::postgres::{ClaimSettings, Store, UPKEEP_STEP};
 use crate::publish::flight::{Publish, Unanswered, Unsettled};
 use crate::publish::worker::{DrainCount, Finished, Job, Worker};
-use crate::wakeup::{Doze, Sleeper, Wakeup};
 
 /// The running service.
 ///

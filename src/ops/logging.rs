@@ -225,7 +225,7 @@ mod tests {
                 .1
                 .to_string()
         };
-        assert_eq!(record("pg_outbox::claimer"), "hello\n");
+        assert_eq!(record("pg_outbox::claim::claimer"), "hello\n");
         assert_eq!(record("nats::connector"), "nats: hello\n");
     }
 

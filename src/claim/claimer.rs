@@ -6,7 +6,7 @@
 //! event, and then more and more. One look into the lanes feeds the claims that follow: what it found is shared out
 //! among the free workers, and a lane that had more than its claim could take goes back to the end of the queue, so
 //! that no lane starves. Looks and reads begin at the lanes' cursors (see `lane/marks.rs`); what is known of the lanes is
-//! in `claimer/search.rs`.
+//! in `search.rs`.
 //!
 //! When a wake-up ends a rest that was not too short, a few events have come, and somebody waits for them: it tries first to lock their lanes
 //! without a look, which is a round trip less ([`Opening::lock_fresh`]). What that does not find, the look does that
@@ -20,8 +20,6 @@
 //!
 //! It never gives up on the database: it says once that claims fail, and once that they work again.
 
-mod search;
-
 use std::convert::Infallible;
 use std::mem;
 use std::sync::Arc;
@@ -31,8 +29,9 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 
-use self::search::{REWIND_INTERVAL, Search};
+use super::search::{REST_MIN, REWIND_INTERVAL, Search};
 use crate::boottime::Boottime;
+use crate::claim::wakeup::Doze;
 use crate::config::live::Live;
 use crate::lane::marks::Basis;
 use crate::nats::Publisher;
@@ -40,12 +39,9 @@ use crate::ops::health::{Health, Heartbeat, Part};
 use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimLimits, Fresh, Head, LANES, Large, Locked, Opening, Sessions, Store, StoreError};
 use crate::publish::worker::{Finished, Job, Stage};
-use crate::wakeup::Doze;
 
 /// First and longest pause between claims that fail.
 const TROUBLE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
-const REST_MIN: Duration = Duration::from_millis(5);
 /// Writers need not notify any more when claims went on for so long without a rest.
 const AWAKE_AFTER: Duration = Duration::from_millis(20);
 

@@ -6,11 +6,12 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::REST_MIN;
 use crate::lane::marks::{self, Basis, Cursors};
 use crate::postgres::{Found, LANES, LaneEnd, ServerLife, StoreError};
 use crate::publish::worker::{Finished, Job, ReadSummary};
 
+/// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
+pub(super) const REST_MIN: Duration = Duration::from_millis(5);
 /// Time between two readings of the horizon while claims are made.
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two looks while lanes with events are known: how long a lane may wait to be found behind them.
