@@ -34,7 +34,7 @@ install_packages() {
     fi
 }
 
-# The places in which the sandbox looks; see src/sandbox.rs.
+# The places in which the sandbox looks; see src/lab/sandbox.rs.
 have_postgres() {
     [ -n "${PG_OUTBOX_POSTGRES_BIN:-}" ] || compgen -G '/usr/lib/postgresql/*/bin/initdb' > /dev/null \
         || command -v initdb > /dev/null

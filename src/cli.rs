@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pg_outbox::command::bench::{self, BenchOptions};
 use pg_outbox::command::dead::{self, MessageId};
 use pg_outbox::command::terminal::Consent;
 use pg_outbox::command::{filter, migrate, partitions, replay, status};
 use pg_outbox::config::DEFAULT_PATH;
+use pg_outbox::lab::bench::{self, BenchOptions};
 use pg_outbox::postgres::Selection;
 use uuid::Uuid;
 

@@ -1,11 +1,8 @@
 //! The commands of the program, one file each. Every one takes plain arguments and returns a result that
 //! `main.rs` turns into an exit code; none of them exits by itself.
 
-pub mod bench;
 pub mod check;
 pub mod dead;
-pub mod demo;
-pub mod dispatcher;
 pub mod filter;
 pub mod generate;
 pub mod migrate;

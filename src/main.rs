@@ -9,10 +9,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser};
-use pg_outbox::command::demo::{self, DemoOptions};
 use pg_outbox::command::terminal::harmless;
-use pg_outbox::command::{bench, check, dead, generate, migrate, partitions, replay, run, status};
+use pg_outbox::command::{check, dead, generate, migrate, partitions, replay, run, status};
 use pg_outbox::config::{Config, ConfigError};
+use pg_outbox::lab::bench;
+use pg_outbox::lab::demo::{self, DemoOptions};
 use pg_outbox::postgres::Adopting;
 
 use self::cli::{Cli, Command, format};

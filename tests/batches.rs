@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Nats, NatsOptions, Store};
+use pg_outbox::lab::sandbox::{Nats, NatsOptions, Store};
 use serde_json::json;
 
 use super::delivery::wait_drained;

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use pg_outbox::sandbox::Store;
+use pg_outbox::lab::sandbox::Store;
 use serde_json::{Value, json};
 
 use super::harness::daemon::pg_outbox;

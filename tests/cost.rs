@@ -5,7 +5,7 @@
 use std::thread;
 use std::time::Duration;
 
-use pg_outbox::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
 
 use super::harness::{Config, Daemon, TestDb, stream, wait_until};
 

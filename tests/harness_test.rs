@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::Stop;
+use pg_outbox::lab::sandbox::Stop;
 use serde_json::json;
 
 use crate::harness::daemon::{Daemon, listening, sum_of_samples};

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use data_encoding::BASE64URL_NOPAD;
 use nkeys::KeyPair;
-use pg_outbox::sandbox::{Nats, NatsOptions};
+use pg_outbox::lab::sandbox::{Nats, NatsOptions};
 use serde_json::{Value, json};
 
 use crate::harness::certificates::{Authority, Issued};
@@ -83,7 +83,7 @@ fn a_server_is_known_by_its_certificate() {
         );
         let two = format!(
             "tls://localhost:{},tls://localhost:{}",
-            pg_outbox::sandbox::free_port().unwrap(),
+            pg_outbox::lab::sandbox::free_port().unwrap(),
             server.port()
         );
         assert_comes("the second of two", &right(config(&db, &two)), Ok(()));

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Nats, Postgres, Stop, Store};
+use pg_outbox::lab::sandbox::{Nats, Postgres, Stop, Store};
 use serde_json::json;
 
 use super::delivery::wait_drained;

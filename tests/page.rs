@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use pg_outbox::sandbox::Stop;
-use pg_outbox::sandbox::Store;
+use pg_outbox::lab::sandbox::Stop;
+use pg_outbox::lab::sandbox::Store;
 use serde_json::{Value, json};
 
 use super::harness::browser::{Browser, Look};

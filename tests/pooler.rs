@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use postgres::{Client, NoTls};
 
-use pg_outbox::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
 
 use super::delivery::wait_drained;
 use super::harness::daemon::pg_outbox;

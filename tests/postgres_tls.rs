@@ -9,8 +9,8 @@ use std::process::Output;
 use std::time::Duration;
 
 use pg_outbox::config::Database;
+use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
 use pg_outbox::postgres::{ClaimSettings, Listener, SleepLock, Store};
-use pg_outbox::sandbox::{Postgres, PostgresOptions};
 
 use crate::claim::settings_for;
 use crate::harness::certificates::{Authority, Issued};
@@ -235,7 +235,7 @@ fn of_several_servers_the_one_that_takes_writes_is_used() {
         Postgres::start_replica(&primary, &PostgresOptions { fsync: false, ..PostgresOptions::default() })
             .unwrap();
     let credentials = db.dsn.split_once("://").unwrap().1.rsplit_once('@').unwrap().0;
-    let dead = pg_outbox::sandbox::free_port().unwrap();
+    let dead = pg_outbox::lab::sandbox::free_port().unwrap();
     let dsn = |words: &str| {
         let (standby, primary, name) = (standby.port(), primary.port(), &db.name);
         format!(

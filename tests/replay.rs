@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use super::delivery::wait_drained;
-use pg_outbox::sandbox::Store;
+use pg_outbox::lab::sandbox::Store;
 
 use super::harness::daemon::pg_outbox;
 use super::harness::workload::writers_until;

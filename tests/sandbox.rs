@@ -4,7 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Nats, NatsOptions, Stop, Store};
+use pg_outbox::lab::sandbox::{Nats, NatsOptions, Stop, Store};
 use postgres::{Client as Postgres, NoTls};
 use serde_json::json;
 
@@ -31,7 +31,7 @@ fn a_private_postgres_keeps_its_data_over_every_end_and_leaves_nothing() {
     let dsn = server.dsn("kept");
     let connect = || Postgres::connect(&dsn, NoTls).unwrap();
     connect().batch_execute("CREATE TABLE numbers (n int)").unwrap();
-    let ends: [&dyn Fn(&mut pg_outbox::sandbox::Postgres); 3] = [
+    let ends: [&dyn Fn(&mut pg_outbox::lab::sandbox::Postgres); 3] = [
         &|server| server.stop(Stop::Fast).unwrap(),
         &|server| server.stop(Stop::Immediate).unwrap(),
         &|server| server.kill().unwrap(),

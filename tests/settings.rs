@@ -4,7 +4,7 @@
 use std::thread;
 use std::time::Duration;
 
-use pg_outbox::sandbox::Stop;
+use pg_outbox::lab::sandbox::Stop;
 
 use super::delivery::wait_drained;
 use super::harness::daemon::pg_outbox;

@@ -185,7 +185,7 @@ fn a_stuck_thread_starves_the_watchdog_and_an_outage_does_not() {
     db.event("order.placed", "k", "{}");
     wait_drained(&db, &stream, &[&daemon], Duration::from_secs(60));
 
-    postgres.stop(pg_outbox::sandbox::Stop::Fast).unwrap();
+    postgres.stop(pg_outbox::lab::sandbox::Stop::Fast).unwrap();
     systemd
         .wait("that postgres is gone", &daemon, |message| message.starts_with("STATUS=not ready: postgres"));
     // Twice what counts as stuck.

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pg_outbox::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
 use serde_json::json;
 
 use super::super::harness::TestDb;

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use pg_outbox::sandbox::PostgresOptions;
+use pg_outbox::lab::sandbox::PostgresOptions;
 use postgres::Client;
 
 use super::super::harness::database::{as_postgres_user, start_postgres_with};

@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::Nats;
+use pg_outbox::lab::sandbox::Nats;
 use serde_json::{Value, json};
 
 use super::harness::stream::{current_nats, shared_current_nats, shared_nats};

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use pg_outbox::sandbox::{Stop, Store};
+use pg_outbox::lab::sandbox::{Stop, Store};
 use serde_json::json;
 
 use super::super::harness::proxy::Proxy;

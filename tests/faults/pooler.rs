@@ -1,6 +1,6 @@
 //! Faults behind a PgBouncer: of an instance, of the pooler, and of the PostgreSQL behind it.
 
-use pg_outbox::sandbox::Stop;
+use pg_outbox::lab::sandbox::Stop;
 
 use super::super::harness::database::start_postgres;
 use super::super::harness::{Mode, Pooler, TestDb};

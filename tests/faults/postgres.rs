@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Postgres, PostgresOptions, Stop};
+use pg_outbox::lab::sandbox::{Postgres, PostgresOptions, Stop};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::super::harness::database::{start_postgres, start_postgres_with};

@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::Guard;
+use pg_outbox::lab::sandbox::Guard;
 use serde_json::{Value, json};
 
 use super::Evidence;

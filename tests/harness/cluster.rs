@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pg_outbox::sandbox::{Nats, NatsOptions, Store, free_port};
+use pg_outbox::lab::sandbox::{Nats, NatsOptions, Store, free_port};
 use serde_json::{Value, json};
 
 use super::stream::current_nats_server;

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::Guard;
+use pg_outbox::lab::sandbox::Guard;
 use rustix::process::{Pid, Signal};
 use serde_yaml::Value;
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
 use postgres::{Client, NoTls};
 
 use super::{Evidence, Row, RowState, Table, unique};

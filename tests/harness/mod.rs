@@ -34,7 +34,7 @@ pub use workload::{Workload, writers};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Nats, Postgres};
+use pg_outbox::lab::sandbox::{Nats, Postgres};
 
 /// Time between two looks of [`wait_until`].
 const LOOK_EVERY: Duration = Duration::from_millis(20);

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_outbox::sandbox::{Guard, Postgres, free_port};
+use pg_outbox::lab::sandbox::{Guard, Postgres, free_port};
 use rustix::process::{Pid, Signal};
 
 use super::database::{DISPATCHER, OPERATOR, WRITER, as_postgres_user, as_role};

@@ -58,7 +58,8 @@ struct State {
 impl Proxy {
     /// A proxy on a port of its own in front of `127.0.0.1:server`, with both ways free.
     pub fn to(server: u16) -> Proxy {
-        let listener = TcpListener::bind(("127.0.0.1", pg_outbox::sandbox::free_port().unwrap())).unwrap();
+        let listener =
+            TcpListener::bind(("127.0.0.1", pg_outbox::lab::sandbox::free_port().unwrap())).unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = State {
             to_server: Flow::Free,

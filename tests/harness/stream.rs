@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use pg_outbox::sandbox::{Nats, NatsOptions};
+use pg_outbox::lab::sandbox::{Nats, NatsOptions};
 use serde_json::{Value, json};
 
 use super::wire::{Client, Message};

@@ -62,7 +62,8 @@ struct Talk {
 impl Liar {
     /// A relay in front of `127.0.0.1:server` that tells the truth. It cuts at the first operation first.
     pub fn to(server: u16) -> Liar {
-        let listener = TcpListener::bind(("127.0.0.1", pg_outbox::sandbox::free_port().unwrap())).unwrap();
+        let listener =
+            TcpListener::bind(("127.0.0.1", pg_outbox::lab::sandbox::free_port().unwrap())).unwrap();
         let port = listener.local_addr().unwrap().port();
         let wire = Arc::new(Wire {
             server,

@@ -5,8 +5,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pg_outbox::config::NatsAuth;
+use pg_outbox::lab::sandbox::{Nats, NatsOptions};
 use pg_outbox::nats::reader::StreamReader;
-use pg_outbox::sandbox::{Nats, NatsOptions};
 use postgres::{Client, NoTls};
 use serde_json::json;
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal};
 
-use crate::sandbox::Guard;
+use crate::lab::sandbox::Guard;
 
 /// Longest wait for the dispatcher to become ready, and to drain at the end.
 const DISPATCHER_LIMIT: Duration = Duration::from_secs(60);

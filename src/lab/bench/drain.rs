@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::place::{Dispatch, Outbox, Statements};
 use super::{Bench, process};
-use crate::command::dispatcher::Dispatcher;
+use crate::lab::dispatcher::Dispatcher;
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
 

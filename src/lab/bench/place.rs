@@ -9,12 +9,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::command::dispatcher::{Dispatcher, Program};
 use crate::command::migrate;
 use crate::config::{Config, DsnParts, NatsAuth, Secret};
+use crate::lab::dispatcher::{Dispatcher, Program};
+use crate::lab::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 use crate::nats::streams::{Batches, Streams};
 use crate::postgres::Plain;
-use crate::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 
 /// Database of the private PostgreSQL.
 const DATABASE: &str = "bench";

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use super::Bench;
 use super::drain::{INSERT_PREPARED, Keys, empty, prepare};
 use super::place::{Dispatch, Outbox, Statements};
-use crate::command::dispatcher::Dispatcher;
+use crate::lab::dispatcher::Dispatcher;
 use crate::nats::reader::StreamReader;
 use crate::nats::streams::Batches;
 use crate::postgres::Insert;

@@ -31,7 +31,7 @@ use self::latency::Load;
 use self::place::{Outbox, Place, Statements};
 use self::report::{Report, Setting};
 use self::writers::{Dispatcher, Trigger, Writers};
-use crate::command::demo;
+use crate::lab::demo;
 use crate::nats::streams::Batches;
 
 /// A batch is about as fast as the fastest when it drains at this part of its rate: so much do runs of one batch differ.

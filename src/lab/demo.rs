@@ -22,10 +22,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::command::dispatcher::{Dispatcher, Program};
 use crate::config::NatsAuth;
+use crate::lab::dispatcher::{Dispatcher, Program};
+use crate::lab::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 use crate::nats::reader::{Stored, StreamReader};
-use crate::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 
 /// Connections that insert at the same time.
 const WRITERS: usize = 4;
