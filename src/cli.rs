@@ -3,17 +3,21 @@
 //! Help, manual pages and shell completions are made of the same definitions. What a value may be is checked here, as
 //! far as that needs neither configuration nor server.
 
+mod execute;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pg_outbox::command::dead::{self, MessageId};
-use pg_outbox::command::terminal::Consent;
-use pg_outbox::command::{filter, migrate, partitions, replay, status};
-use pg_outbox::config::DEFAULT_PATH;
-use pg_outbox::lab::bench::{self, BenchOptions};
-use pg_outbox::postgres::Selection;
 use uuid::Uuid;
+
+pub use self::execute::run;
+use crate::command::dead::{self, MessageId};
+use crate::command::terminal::Consent;
+use crate::command::{filter, migrate, partitions, replay, status};
+use crate::config::DEFAULT_PATH;
+use crate::lab::bench::{self, BenchOptions};
+use crate::postgres::Selection;
 
 /// What `--help` says after the options.
 const ENVIRONMENT_AND_EXIT_CODES: &str = "\
@@ -37,7 +41,7 @@ Signals to run:
 /// Publishes the events of a PostgreSQL outbox table to NATS: none lost, in order per key, hardly ever twice.
 #[derive(Parser)]
 #[command(version, propagate_version = true, after_help = ENVIRONMENT_AND_EXIT_CODES)]
-pub(crate) struct Cli {
+pub struct Cli {
     /// The configuration file.
     #[arg(short, long, global = true, value_name = "FILE", default_value = DEFAULT_PATH)]
     pub(crate) config: PathBuf,

@@ -110,8 +110,8 @@ fn each_outside_crate_of_the_core_is_named_in_one_place() {
         ("tokio_postgres_rustls", "src/postgres.rs"),
         ("rustls", "src/tls.rs"),
         ("rustls_native_certs", "src/tls.rs"),
-        ("tiny_http", "src/http.rs"),
-        ("prometheus", "src/metrics.rs"),
+        ("tiny_http", "src/ops/http.rs"),
+        ("prometheus", "src/ops/metrics.rs"),
     ];
     for (name, home) in homes {
         let named = lines_that(|file, line| file.is_below(home) && names_crate(line, name));
