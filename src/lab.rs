@@ -4,6 +4,6 @@
 //! the command line alone names it: nothing in the daemon needs it. It never touches a server that it did not start.
 
 pub mod bench;
+pub mod daemon;
 pub mod demo;
-pub mod dispatcher;
 pub mod sandbox;

@@ -2,7 +2,7 @@
 //!
 //! Each part measures one thing (a file each below this one). What is compared is measured by turns, round after round,
 //! so that a machine that slows down slows both; the tables show medians with their spread, and the goals beside them.
-//! The dispatcher that is measured is this program as a process of its own, configured by a file. Private servers are
+//! The daemon that is measured is this program as a process of its own, configured by a file. Private servers are
 //! the default; `--here` takes the configured ones, with a schema and a stream of its own, which are removed at the
 //! end. Ctrl-C ends it at any time and removes what it made.
 
@@ -30,7 +30,7 @@ use self::drain::{Drain, Held, Keys, Point};
 use self::latency::Load;
 use self::place::{Outbox, Place, Statements};
 use self::report::{Report, Setting};
-use self::writers::{Dispatcher, Trigger, Writers};
+use self::writers::{DaemonState, Trigger, Writers};
 use crate::lab::demo;
 use crate::nats::streams::Batches;
 
@@ -52,7 +52,7 @@ pub struct BenchOptions {
     pub rounds: Option<usize>,
     /// Events of a drain.
     pub events: Option<u64>,
-    /// Worker threads of a dispatcher.
+    /// Worker threads of a daemon.
     pub workers: usize,
     /// Print JSON instead of tables.
     pub json: bool,
@@ -69,7 +69,7 @@ pub enum Part {
     Drain,
     /// From commit to stored.
     Latency,
-    /// Statements, and the idle dispatcher. (CPU, WAL and memory come with every drain.)
+    /// Statements, and the idle daemon. (CPU, WAL and memory come with every drain.)
     Cost,
     /// Draining with more pending, more published, and an old snapshot.
     Growth,
@@ -148,7 +148,7 @@ struct Bench {
 /// Runs the bench and prints what it found.
 ///
 /// # Errors
-/// A missing server (with the command that installs it), a server or a dispatcher that fails, a drain that lost or
+/// A missing server (with the command that installs it), a server or a daemon that fails, a drain that lost or
 /// doubled an event, Ctrl-C.
 pub fn run(options: &BenchOptions) -> Result<()> {
     let stop = demo::stop_flag()?;
@@ -373,15 +373,15 @@ impl Bench {
     fn writers(&mut self, outbox: &Outbox) -> Result<()> {
         let lasts = self.scale.writing;
         for round in 1..=self.scale.rounds {
-            for (name, trigger, dispatcher) in [
-                ("writers.busy.trigger", Trigger::Ours, Dispatcher::Busy),
-                ("writers.busy.none", Trigger::None, Dispatcher::Busy),
-                ("writers.asleep.trigger", Trigger::Ours, Dispatcher::Asleep),
-                ("writers.asleep.none", Trigger::None, Dispatcher::Asleep),
+            for (name, trigger, daemon) in [
+                ("writers.busy.trigger", Trigger::Ours, DaemonState::Busy),
+                ("writers.busy.none", Trigger::None, DaemonState::Busy),
+                ("writers.asleep.trigger", Trigger::Ours, DaemonState::Asleep),
+                ("writers.asleep.none", Trigger::None, DaemonState::Asleep),
             ] {
                 self.go_on()?;
                 self.say(round, name);
-                Writers { name, trigger, dispatcher }.run(self, outbox, lasts)?;
+                Writers { name, trigger, daemon }.run(self, outbox, lasts)?;
             }
         }
         Ok(())

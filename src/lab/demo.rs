@@ -1,11 +1,11 @@
 //! `pg-outbox demo`: the whole way of an event on private servers, counted at both ends.
 //!
-//! Starts a PostgreSQL, a nats-server and this same program as the dispatcher, between them nothing that a real
+//! Starts a PostgreSQL, a nats-server and this same program as the daemon, between them nothing that a real
 //! installation would not have: the schema comes from `pg-outbox migrate`, the stream from `nats.jetstream.create`.
 //! Writers ([`WRITERS`] threads, each feeding a `psql`) insert orders and their events in one transaction and roll
 //! some of them back. This thread reads the stream and keeps the [`Account`]: it passes only if every event whose
 //! COMMIT was answered arrived once, in the order of its customer, and nothing that was rolled back did. Ctrl-C ends
-//! it at any time; the sandbox's guards see to it that servers and dispatcher end and their folders go, however this
+//! it at any time; the sandbox's guards see to it that servers and daemon end and their folders go, however this
 //! process ends. It touches nothing outside its folders, and reads no configuration but its own.
 
 use std::collections::{HashMap, HashSet};
@@ -23,7 +23,7 @@ use serde::Deserialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::config::NatsAuth;
-use crate::lab::dispatcher::{Dispatcher, Program};
+use crate::lab::daemon::{Daemon, Program};
 use crate::lab::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 use crate::nats::reader::{Stored, StreamReader};
 
@@ -52,7 +52,7 @@ const PROGRESS_LINES: Duration = Duration::from_secs(1);
 pub struct DemoOptions {
     /// Events to commit.
     pub events: u64,
-    /// Leave servers and dispatcher running after the summary, until Ctrl-C.
+    /// Leave servers and daemon running after the summary, until Ctrl-C.
     pub keep: bool,
 }
 
@@ -60,23 +60,23 @@ pub struct DemoOptions {
 /// and nothing that was rolled back was.
 ///
 /// # Errors
-/// A missing server (with the command that installs it), a server or the dispatcher that ends early, Ctrl-C.
+/// A missing server (with the command that installs it), a server or the daemon that ends early, Ctrl-C.
 pub fn run(options: DemoOptions) -> Result<bool> {
     let stop = stop_flag()?;
     say("starting a private PostgreSQL and a private nats-server");
     let postgres = Postgres::start(&PostgresOptions::default())?;
     let nats = Nats::start(&NatsOptions::default())?;
     postgres.create_database(DATABASE)?;
-    say("starting the dispatcher");
+    say("starting the daemon");
     let program = Program::new("demo", &config_yaml(&postgres, &nats))?;
     program.migrate()?;
-    let mut dispatcher = program.run()?;
+    let mut daemon = program.run()?;
     sql(
         &postgres,
         "CREATE TABLE orders (id bigserial PRIMARY KEY, customer text NOT NULL, amount int NOT NULL)",
     )?;
     let mut account = Account::default();
-    let writers = deliver(options.events, &stop, &postgres, &nats, &mut dispatcher, &mut account)?;
+    let writers = deliver(options.events, &stop, &postgres, &nats, &mut daemon, &mut account)?;
     let unpublished = sql(&postgres, "SELECT count(*) FROM outboxes WHERE published_at IS NULL")?;
     let verdict = account.judge(&writers);
     print!("\n{}", verdict.summary(&writers));
@@ -84,16 +84,16 @@ pub fn run(options: DemoOptions) -> Result<bool> {
     if unpublished.trim() != "0" {
         failures.push(format!("{} events are not marked as published", unpublished.trim()));
     }
-    if !options.keep && !dispatcher.drain()? {
-        failures.push("the dispatcher did not stop in order".into());
+    if !options.keep && !daemon.drain()? {
+        failures.push("the daemon did not stop in order".into());
     }
     if failures.is_empty() {
         say("passed: every committed event was delivered once and in order, and nothing else was");
     } else {
-        say(&format!("FAILED: {}\n{}", failures.join(", "), dispatcher.log_tail()));
+        say(&format!("FAILED: {}\n{}", failures.join(", "), daemon.log_tail()));
     }
     if options.keep {
-        keep(&stop, &postgres, &nats, &mut dispatcher)?;
+        keep(&stop, &postgres, &nats, &mut daemon)?;
     }
     Ok(failures.is_empty())
 }
@@ -115,7 +115,7 @@ fn deliver(
     stop: &Arc<AtomicBool>,
     postgres: &Postgres,
     nats: &Nats,
-    dispatcher: &mut Dispatcher,
+    daemon: &mut Daemon,
     account: &mut Account,
 ) -> Result<Written> {
     let mut reader = StreamReader::open(&nats.url(), &NatsAuth::None, STREAM)?;
@@ -136,9 +136,9 @@ fn deliver(
     while account.delivered < events && news.elapsed() < STALL_LIMIT && !gave_up() {
         if stop.load(Ordering::Relaxed) {
             progress.end(committed.load(Ordering::Relaxed), account.delivered);
-            bail!("interrupted: servers, dispatcher and their data are removed");
+            bail!("interrupted: servers, daemon and their data are removed");
         }
-        dispatcher.must_run()?;
+        daemon.must_run()?;
         if let Some(message) = reader.next(PROGRESS_TERMINAL)? {
             account.take(&message)?;
             news = Instant::now();
@@ -160,27 +160,27 @@ fn deliver(
 }
 
 /// Says where everything is, and waits for Ctrl-C.
-fn keep(stop: &AtomicBool, postgres: &Postgres, nats: &Nats, dispatcher: &mut Dispatcher) -> Result<()> {
+fn keep(stop: &AtomicBool, postgres: &Postgres, nats: &Nats, daemon: &mut Daemon) -> Result<()> {
     let dsn = postgres.dsn(DATABASE);
     println!(
         "\nstill running, until Ctrl-C:\n\
          \x20 postgres    psql '{dsn}'\n\
          \x20 nats        {}  (stream {STREAM}, subjects demo.>)\n\
-         \x20 dispatcher  http://{}/  (/ready, /metrics)\n\
+         \x20 daemon      http://{}/  (/ready, /metrics)\n\
          \x20 its log     {}\n\
          an event of your own:\n\
          \x20 psql '{dsn}' -c \"INSERT INTO outboxes (topic, metadata, payload) \
          VALUES ('order.placed', '{{\\\"ordering-key\\\": \\\"you\\\"}}', '{{\\\"hello\\\": 1}}')\"",
         nats.url(),
-        dispatcher.address,
-        dispatcher.log_path().display(),
+        daemon.address,
+        daemon.log_path().display(),
     );
     while !stop.load(Ordering::Relaxed) {
-        dispatcher.must_run()?;
+        daemon.must_run()?;
         sleep(PROGRESS_TERMINAL);
     }
     say("stopping");
-    ensure!(dispatcher.drain()?, "the dispatcher did not stop in order:\n{}", dispatcher.log_tail());
+    ensure!(daemon.drain()?, "the daemon did not stop in order:\n{}", daemon.log_tail());
     Ok(())
 }
 

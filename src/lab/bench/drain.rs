@@ -1,4 +1,4 @@
-//! Drains: events are loaded, dispatchers start, and the time until nothing is pending is taken.
+//! Drains: events are loaded, daemons start, and the time until nothing is pending is taken.
 //!
 //! The clock runs from the first message in the stream to the settle of the last event, so the start of a process does
 //! not count, and everything an event needs does. Afterwards the outbox and the stream are counted: a run that lost or
@@ -10,9 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::place::{Dispatch, Outbox, Statements};
+use super::place::{DaemonOptions, Outbox, Statements};
 use super::{Bench, process};
-use crate::lab::dispatcher::Dispatcher;
+use crate::lab::daemon::Daemon;
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
 
@@ -72,7 +72,7 @@ pub(super) struct Drain {
     pub(super) workers: usize,
     /// Of each claim.
     pub(super) batch: usize,
-    /// Dispatchers side by side.
+    /// Daemons side by side.
     pub(super) instances: usize,
     /// Of the stream.
     pub(super) batches: Batches,
@@ -178,28 +178,28 @@ impl Drain {
             session.run("SELECT public.pg_stat_statements_reset()")?;
         }
         let before = (Used::by_servers(bench)?, session.number(wal)?);
-        let mut dispatchers = (0..self.instances)
+        let mut daemons = (0..self.instances)
             .map(|number| {
                 let Drain { workers, batch, statements, .. } = *self;
-                bench.place.dispatch(outbox, Dispatch { workers, batch, number, statements })
+                bench.place.start_daemon(outbox, DaemonOptions { workers, batch, number, statements })
             })
             .collect::<Result<Vec<_>>>()?;
-        let curve = self.follow(bench, &mut dispatchers)?;
+        let curve = self.follow(bench, &mut daemons)?;
         let seconds = curve.last().map_or(f64::NAN, |(seconds, _)| *seconds);
         let (servers, wal) = (Used::by_servers(bench)?, session.number(wal)? - before.1);
         if counted {
             let calls =
                 session.number("SELECT coalesce(sum(calls), 0)::bigint FROM public.pg_stat_statements")?;
             self.note(bench, ".statements", calls as f64 * 1e3 / self.pending as f64);
-            return self.finish(bench, &mut session, dispatchers).map(|()| curve);
+            return self.finish(bench, &mut session, daemons).map(|()| curve);
         }
         bench.book.note(self.name, self.pending as f64 / seconds);
         let per_100k = 1e5 / self.pending as f64;
         let mut own = 0.0;
         let mut memory: f64 = 0.0;
-        for dispatcher in &dispatchers {
-            own += process::cpu_s(dispatcher.pid())? * per_100k;
-            memory = memory.max(process::peak_memory_mib(dispatcher.pid())?);
+        for daemon in &daemons {
+            own += process::cpu_s(daemon.pid())? * per_100k;
+            memory = memory.max(process::peak_memory_mib(daemon.pid())?);
         }
         self.note(bench, ".cpu", own);
         if let (Some(before), Some(after)) = (before.0, servers) {
@@ -211,7 +211,7 @@ impl Drain {
         }
         self.note(bench, ".wal", wal as f64 / self.pending as f64);
         self.note(bench, ".memory", memory);
-        self.finish(bench, &mut session, dispatchers)?;
+        self.finish(bench, &mut session, daemons)?;
         Ok(curve)
     }
 
@@ -236,11 +236,11 @@ impl Drain {
     }
 
     /// Waits until all is published.
-    fn follow(&self, bench: &Bench, dispatchers: &mut [Dispatcher]) -> Result<Vec<Point>> {
+    fn follow(&self, bench: &Bench, daemons: &mut [Daemon]) -> Result<Vec<Point>> {
         let mut seen: Vec<(SystemTime, u64)> = Vec::new();
         let mut news = Instant::now();
         loop {
-            let published = published(dispatchers)?;
+            let published = published(daemons)?;
             let now = SystemTime::now();
             let last = seen.last().map_or(0, |(_, published)| *published);
             if published >= last + (self.pending / CURVE_POINTS).max(1) || published >= self.pending {
@@ -252,7 +252,7 @@ impl Drain {
                 break;
             }
             bench.go_on()?;
-            dispatchers.iter_mut().try_for_each(Dispatcher::must_run)?;
+            daemons.iter_mut().try_for_each(Daemon::must_run)?;
             ensure!(news.elapsed() < STALL_LIMIT, "no progress for {STALL_LIMIT:?}: {published} published");
             sleep(LOOK);
         }
@@ -261,10 +261,10 @@ impl Drain {
         Ok(seen.into_iter().map(|(at, published)| (since(at), published as f64)).collect())
     }
 
-    /// Stops the dispatchers and makes sure that nothing is left and nothing came twice.
-    fn finish(&self, bench: &Bench, session: &mut Plain, dispatchers: Vec<Dispatcher>) -> Result<()> {
-        for mut dispatcher in dispatchers {
-            ensure!(dispatcher.drain()?, "the dispatcher did not stop in order: {}", dispatcher.log_tail());
+    /// Stops the daemons and makes sure that nothing is left and nothing came twice.
+    fn finish(&self, bench: &Bench, session: &mut Plain, daemons: Vec<Daemon>) -> Result<()> {
+        for mut daemon in daemons {
+            ensure!(daemon.drain()?, "the daemon did not stop in order: {}", daemon.log_tail());
         }
         // By an index, however many are published; one in retry or dead was not counted as published.
         let left = session.number(
@@ -281,9 +281,9 @@ impl Drain {
     }
 }
 
-/// Events that dispatchers have settled as published.
-fn published(dispatchers: &[Dispatcher]) -> Result<u64> {
-    let each = dispatchers.iter().map(|dispatcher| dispatcher.metric("outbox_events_published_total"));
+/// Events that daemons have settled as published.
+fn published(daemons: &[Daemon]) -> Result<u64> {
+    let each = daemons.iter().map(|daemon| daemon.metric("outbox_events_published_total"));
     Ok(each.sum::<Result<f64>>()? as u64)
 }
 

@@ -1,38 +1,38 @@
-//! Idle: what a dispatcher with nothing to do takes of its machine, and asks of the database.
+//! Idle: what a daemon with nothing to do takes of its machine, and asks of the database.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::place::{Dispatch, Outbox, Statements};
+use super::place::{DaemonOptions, Outbox, Statements};
 use super::{Bench, drain, process};
 use crate::nats::streams::Batches;
 
-/// Time for the dispatcher to fall asleep.
+/// Time for the daemon to fall asleep.
 const SETTLE_DOWN: Duration = Duration::from_secs(4);
 
-/// Notes CPU and statements of an idle dispatcher.
+/// Notes CPU and statements of an idle daemon.
 pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
     let mut session = outbox.session()?;
     drain::empty(&mut session)?;
     bench.place.fresh_stream(Batches::None)?;
-    let dispatch = Dispatch {
+    let options = DaemonOptions {
         workers: bench.scale.workers,
         batch: bench.best_batch,
         number: 0,
         statements: Statements::Counted,
     };
-    let dispatcher = bench.place.dispatch(outbox, dispatch)?;
+    let daemon = bench.place.start_daemon(outbox, options)?;
     sleep(SETTLE_DOWN.min(2 * bench.scale.idle));
     let counts = bench.place.counts_statements();
     if counts {
         session.run("SELECT public.pg_stat_statements_reset()")?;
     }
-    let (began, before) = (Instant::now(), process::threads_cpu_s(dispatcher.pid())?);
+    let (began, before) = (Instant::now(), process::threads_cpu_s(daemon.pid())?);
     sleep(bench.scale.idle);
     let seconds = began.elapsed().as_secs_f64();
-    let used = process::threads_cpu_s(dispatcher.pid())? - before;
+    let used = process::threads_cpu_s(daemon.pid())? - before;
     bench.book.note("idle.cpu", used / seconds * 100.0);
     if counts {
         let calls =

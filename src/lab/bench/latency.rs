@@ -14,15 +14,15 @@ use serde::Deserialize;
 
 use super::Bench;
 use super::drain::{INSERT_PREPARED, Keys, empty, prepare};
-use super::place::{Dispatch, Outbox, Statements};
-use crate::lab::dispatcher::Dispatcher;
+use super::place::{DaemonOptions, Outbox, Statements};
+use crate::lab::daemon::Daemon;
 use crate::nats::reader::StreamReader;
 use crate::nats::streams::Batches;
 use crate::postgres::Insert;
 
 /// How long everything written may take to arrive.
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);
-/// Time for the dispatcher to fall asleep before the first event.
+/// Time for the daemon to fall asleep before the first event.
 const SETTLE_DOWN: Duration = Duration::from_secs(2);
 
 /// A load to be.
@@ -47,18 +47,18 @@ impl Load {
         prepare(&mut session, Keys::Many(1_000), self.transactions() * self.events)?;
         empty(&mut session)?;
         bench.place.fresh_stream(Batches::None)?;
-        let dispatch = Dispatch {
+        let options = DaemonOptions {
             workers: bench.scale.workers,
             batch: bench.best_batch,
             number: 0,
             statements: Statements::Uncounted,
         };
-        let mut dispatcher = bench.place.dispatch(outbox, dispatch)?;
+        let mut daemon = bench.place.start_daemon(outbox, options)?;
         sleep(SETTLE_DOWN.min(self.lasts));
         let began = Instant::now();
         let committed_ns = self.write(outbox)?;
         let seconds = began.elapsed().as_secs_f64();
-        await_published(bench, &mut dispatcher, committed_ns.len())?;
+        await_published(bench, &mut daemon, committed_ns.len())?;
         let mut latencies_ms = self.read_back(bench, &committed_ns)?;
         latencies_ms.sort_by(f64::total_cmp);
         let mut note = |what: &str, value: f64| bench.book.note(&format!("{}.{what}", self.name), value);
@@ -66,7 +66,7 @@ impl Load {
         note("p50", percentile(&latencies_ms, 0.5));
         note("p99", percentile(&latencies_ms, 0.99));
         note("max", percentile(&latencies_ms, 1.0));
-        ensure!(dispatcher.drain()?, "the dispatcher did not stop in order: {}", dispatcher.log_tail());
+        ensure!(daemon.drain()?, "the daemon did not stop in order: {}", daemon.log_tail());
         Ok(())
     }
 
@@ -152,11 +152,11 @@ struct Numbered {
     n: usize,
 }
 
-fn await_published(bench: &Bench, dispatcher: &mut Dispatcher, events: usize) -> Result<()> {
+fn await_published(bench: &Bench, daemon: &mut Daemon, events: usize) -> Result<()> {
     let deadline = Instant::now() + ARRIVAL_LIMIT;
-    while dispatcher.metric("outbox_events_published_total")? < events as f64 {
+    while daemon.metric("outbox_events_published_total")? < events as f64 {
         bench.go_on()?;
-        dispatcher.must_run()?;
+        daemon.must_run()?;
         ensure!(
             Instant::now() < deadline,
             "not all of {events} events are published after {ARRIVAL_LIMIT:?}"

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::command::migrate;
 use crate::config::{Config, DsnParts, NatsAuth, Secret};
-use crate::lab::dispatcher::{Dispatcher, Program};
+use crate::lab::daemon::{Daemon, Program};
 use crate::lab::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
 use crate::nats::streams::{Batches, Streams};
 use crate::postgres::Plain;
@@ -63,9 +63,9 @@ impl Outbox {
     }
 }
 
-/// How a dispatcher of the bench is configured.
+/// How a daemon of the bench is configured.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Dispatch {
+pub(super) struct DaemonOptions {
     /// `dispatcher.workers`.
     pub(super) workers: usize,
     /// `dispatcher.batch_size`.
@@ -207,14 +207,14 @@ impl Place {
         self.counts_statements
     }
 
-    /// Starts a dispatcher from `outbox` to the present stream.
-    pub(super) fn dispatch(&self, outbox: &Outbox, dispatch: Dispatch) -> Result<Dispatcher> {
-        Program::new("bench", &self.yaml(outbox, dispatch)?.to_string())?.run()
+    /// Starts a daemon from `outbox` to the present stream.
+    pub(super) fn start_daemon(&self, outbox: &Outbox, options: DaemonOptions) -> Result<Daemon> {
+        Program::new("bench", &self.yaml(outbox, options)?.to_string())?.run()
     }
 
-    /// The configuration of a dispatcher. JSON is YAML.
-    fn yaml(&self, outbox: &Outbox, dispatch: Dispatch) -> Result<serde_json::Value> {
-        let Dispatch { workers, batch, number, statements } = dispatch;
+    /// The configuration of a daemon. JSON is YAML.
+    fn yaml(&self, outbox: &Outbox, options: DaemonOptions) -> Result<serde_json::Value> {
+        let DaemonOptions { workers, batch, number, statements } = options;
         let counted = outbox.counted_dsn.as_ref().filter(|_| statements == Statements::Counted);
         let mut nats = serde_json::json!({
             "url": self.config.nats.servers,

@@ -21,7 +21,7 @@ pub(super) struct Setting {
     pub(super) servers: &'static str,
     /// Events of a drain.
     pub(super) events: u64,
-    /// Worker threads of a dispatcher.
+    /// Worker threads of a daemon.
     pub(super) workers: usize,
     /// The batch that drained fastest.
     pub(super) best_batch: usize,

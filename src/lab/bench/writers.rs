@@ -1,6 +1,6 @@
 //! Writers: what an INSERT costs an application, with our trigger and without it.
 //!
-//! Sixteen sessions insert as fast as they can, an event a transaction. The dispatcher is busy with what they write, or
+//! Sixteen sessions insert as fast as they can, an event a transaction. The daemon is busy with what they write, or
 //! it is asleep: stopped in the moment in which it sleeps, so that every transaction notifies, as only the first ones
 //! do otherwise.
 
@@ -13,15 +13,15 @@ use rustix::process::Signal;
 
 use super::Bench;
 use super::drain::{Keys, empty, insert_sql};
-use super::place::{Dispatch, Outbox, Statements};
+use super::place::{DaemonOptions, Outbox, Statements};
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
 
 /// Sessions that insert at the same time.
 const WRITERS: usize = 16;
-/// Time that does not count, in which the dispatcher gets to work.
+/// Time that does not count, in which the daemon gets to work.
 const WARM_UP: Duration = Duration::from_millis(500);
-/// Longest wait for the dispatcher to sleep.
+/// Longest wait for the daemon to sleep.
 const SLEEP_LIMIT: Duration = Duration::from_secs(30);
 
 /// Whether our trigger is there.
@@ -33,9 +33,9 @@ pub(super) enum Trigger {
     None,
 }
 
-/// What the dispatcher does meanwhile.
+/// What the daemon does meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Dispatcher {
+pub(super) enum DaemonState {
     /// It publishes what is written.
     Busy,
     /// It sleeps.
@@ -49,8 +49,8 @@ pub(super) struct Writers {
     pub(super) name: &'static str,
     /// The trigger.
     pub(super) trigger: Trigger,
-    /// The dispatcher.
-    pub(super) dispatcher: Dispatcher,
+    /// The daemon.
+    pub(super) daemon: DaemonState,
 }
 
 impl Writers {
@@ -68,18 +68,18 @@ impl Writers {
     }
 
     fn write(&self, bench: &Bench, outbox: &Outbox, session: &mut Plain, lasts: Duration) -> Result<f64> {
-        let dispatch = Dispatch {
+        let options = DaemonOptions {
             workers: bench.scale.workers,
             batch: bench.best_batch,
             number: 0,
             statements: Statements::Uncounted,
         };
-        let dispatcher = bench.place.dispatch(outbox, dispatch)?;
-        if self.dispatcher == Dispatcher::Asleep {
+        let daemon = bench.place.start_daemon(outbox, options)?;
+        if self.daemon == DaemonState::Asleep {
             if self.trigger == Trigger::Ours {
                 await_sleep(bench, session)?;
             }
-            dispatcher.signal(Signal::STOP)?;
+            daemon.signal(Signal::STOP)?;
         }
         insert_all(outbox, lasts)
     }
@@ -93,7 +93,7 @@ fn await_sleep(bench: &Bench, session: &mut Plain) -> Result<()> {
                    AND objid = 'outboxes'::regclass";
     while session.number(held)? == 0 {
         bench.go_on()?;
-        ensure!(Instant::now() < deadline, "the dispatcher does not fall asleep");
+        ensure!(Instant::now() < deadline, "the daemon does not fall asleep");
         sleep(Duration::from_millis(20));
     }
     Ok(())

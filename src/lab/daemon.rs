@@ -1,7 +1,7 @@
 //! This program as a child process, for the demo and the bench: what they show is what an operator would run.
 //!
 //! A [`Program`] is a config file in a folder of its own; from it `pg-outbox migrate` runs to its end, and `pg-outbox
-//! run` becomes a [`Dispatcher`]. A guard ends the process and removes the folder however this process ends. Variables
+//! run` becomes a [`Daemon`]. A guard ends the process and removes the folder however this process ends. Variables
 //! that would lead the child away from its config file, or make it report to our service manager, are taken from it.
 
 use std::fs::{self, File, OpenOptions};
@@ -19,13 +19,13 @@ use rustix::process::{Pid, Signal};
 
 use crate::lab::sandbox::Guard;
 
-/// Longest wait for the dispatcher to become ready, and to drain at the end.
-const DISPATCHER_LIMIT: Duration = Duration::from_secs(60);
+/// Longest wait for the daemon to become ready, and to drain at the end.
+const DAEMON_LIMIT: Duration = Duration::from_secs(60);
 /// Longest wait for an answer of its HTTP server.
 const HTTP_LIMIT: Duration = Duration::from_secs(5);
-/// Lines of the dispatcher's log that a failure shows.
+/// Lines of the daemon's log that a failure shows.
 const LOG_TAIL_LINES: usize = 20;
-/// Would lead the dispatcher away from its config file, or make it report to our service manager.
+/// Would lead the daemon away from its config file, or make it report to our service manager.
 const OVERRIDES: [&str; 7] = [
     "DATABASE_DSN",
     "NATS_URL",
@@ -61,7 +61,7 @@ impl Program {
             .mode(0o600)
             .open(program.config())
             .and_then(|mut file| file.write_all(yaml.as_bytes()))
-            .context("write the dispatcher's config")?;
+            .context("write the daemon's config")?;
         Ok(program)
     }
 
@@ -79,15 +79,15 @@ impl Program {
     ///
     /// # Errors
     /// It ended, or does not become ready.
-    pub fn run(mut self) -> Result<Dispatcher> {
-        let log = File::create(self.folder.join("log")).context("create the dispatcher's log")?;
+    pub fn run(mut self) -> Result<Daemon> {
+        let log = File::create(self.folder.join("log")).context("create the daemon's log")?;
         let mut command = self.command("run")?;
-        let child = command.stdout(Stdio::null()).stderr(log).spawn().context("run the dispatcher")?;
+        let child = command.stdout(Stdio::null()).stderr(log).spawn().context("run the daemon")?;
         self.guard.watch(child.id())?;
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut dispatcher = Dispatcher { child, address: nowhere, program: self };
-        dispatcher.wait_ready()?;
-        Ok(dispatcher)
+        let mut daemon = Daemon { child, address: nowhere, program: self };
+        daemon.wait_ready()?;
+        Ok(daemon)
     }
 
     fn config(&self) -> PathBuf {
@@ -108,7 +108,7 @@ impl Program {
 
 /// `pg-outbox run`. Dropping it kills it.
 #[derive(Debug)]
-pub struct Dispatcher {
+pub struct Daemon {
     child: Child,
     /// Where its HTTP server listens.
     pub address: SocketAddr,
@@ -116,9 +116,9 @@ pub struct Dispatcher {
     program: Program,
 }
 
-impl Dispatcher {
+impl Daemon {
     fn wait_ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + DISPATCHER_LIMIT;
+        let deadline = Instant::now() + DAEMON_LIMIT;
         loop {
             self.must_run()?;
             if let Some(address) = listening(&self.log()) {
@@ -127,7 +127,7 @@ impl Dispatcher {
                     return Ok(());
                 }
             }
-            ensure!(Instant::now() < deadline, "the dispatcher is not ready:\n{}", self.log_tail());
+            ensure!(Instant::now() < deadline, "the daemon is not ready:\n{}", self.log_tail());
             sleep(Duration::from_millis(20));
         }
     }
@@ -137,9 +137,9 @@ impl Dispatcher {
     /// # Errors
     /// It has ended; with the end of its log.
     pub fn must_run(&mut self) -> Result<()> {
-        match self.child.try_wait().context("look after the dispatcher")? {
+        match self.child.try_wait().context("look after the daemon")? {
             None => Ok(()),
-            Some(status) => bail!("the dispatcher ended ({status}):\n{}", self.log_tail()),
+            Some(status) => bail!("the daemon ended ({status}):\n{}", self.log_tail()),
         }
     }
 
@@ -148,9 +148,9 @@ impl Dispatcher {
     /// # Errors
     /// It does not answer, or has no such metric.
     pub fn metric(&self, name: &str) -> Result<f64> {
-        let answer = http(self.address, "/metrics").context("ask the dispatcher for its metrics")?;
+        let answer = http(self.address, "/metrics").context("ask the daemon for its metrics")?;
         let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        let value = line.with_context(|| format!("the dispatcher has no metric {name}"))?;
+        let value = line.with_context(|| format!("the daemon has no metric {name}"))?;
         value.parse().with_context(|| format!("{name} is {value}"))
     }
 
@@ -160,9 +160,9 @@ impl Dispatcher {
     /// The signal cannot be sent.
     pub fn drain(&mut self) -> Result<bool> {
         self.signal(Signal::TERM)?;
-        let deadline = Instant::now() + DISPATCHER_LIMIT;
+        let deadline = Instant::now() + DAEMON_LIMIT;
         loop {
-            if let Some(status) = self.child.try_wait().context("wait for the dispatcher")? {
+            if let Some(status) = self.child.try_wait().context("wait for the daemon")? {
                 return Ok(status.success());
             }
             if Instant::now() > deadline {
@@ -178,9 +178,8 @@ impl Dispatcher {
     /// It has ended and was waited for.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.context("process id of the dispatcher")?;
-        rustix::process::kill_process(pid, signal)
-            .with_context(|| format!("send {signal:?} to the dispatcher"))
+        let pid = pid.context("process id of the daemon")?;
+        rustix::process::kill_process(pid, signal).with_context(|| format!("send {signal:?} to the daemon"))
     }
 
     /// Its process id.
@@ -208,7 +207,7 @@ impl Dispatcher {
     }
 }
 
-impl Drop for Dispatcher {
+impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
