@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::{Nats, NatsOptions, Store};
+use pg_outbox::lab::sandbox::{NatsOptions, NatsServer, StoreState};
 use serde_json::json;
 
 use super::delivery::wait_drained;
@@ -70,7 +70,7 @@ fn an_event_that_is_refused_is_the_only_one() {
 fn an_event_that_fits_alone_and_not_into_a_batch_goes_alone() {
     const MAX_PAYLOAD: usize = 65_536;
     let config = format!("max_payload: {MAX_PAYLOAD}");
-    let nats = Nats::start(&NatsOptions { program: Some(current_nats_server()), config }).unwrap();
+    let nats = NatsServer::start(&NatsOptions { program: Some(current_nats_server()), config }).unwrap();
     let db = database();
     let stream = TestStream::on(&nats.url(), &json!({ "allow_atomic": true }));
     let config = Config::new(&db, &stream);
@@ -130,7 +130,7 @@ fn a_hot_key_in_batches_survives_kills_of_server_and_instance() {
             std::thread::sleep(Duration::from_millis(250 + 100 * round));
             victim.kill();
             nats.kill().unwrap();
-            nats.start_again(Store::Kept).unwrap();
+            nats.start_again(StoreState::Kept).unwrap();
             wait_until("it goes on", LIMIT, &[&survivor], || survivor.get("/ready").0 == 200);
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use pg_outbox::lab::sandbox::Store;
+use pg_outbox::lab::sandbox::StoreState;
 use serde_json::{Value, json};
 
 use super::harness::daemon::pg_outbox;
@@ -300,7 +300,7 @@ fn run_says_once_what_does_not_fit_and_again_what_is_new_after_a_reconnect() {
     wait("one replica");
     wait("events cannot be published: elsewhere.* is not in stream");
     nats.kill().unwrap();
-    nats.start_again(Store::Kept).unwrap();
+    nats.start_again(StoreState::Kept).unwrap();
     stream.update(&json!({"duplicate_window": 1_000_000_000_u64}));
     wait("duplicate_window is 1s");
     wait_until("it is ready", LIMIT, &[&daemon], || daemon.get("/ready").0 == 200);

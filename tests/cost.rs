@@ -5,7 +5,7 @@
 use std::thread;
 use std::time::Duration;
 
-use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer};
 
 use super::harness::{Config, Daemon, TestDb, stream, wait_until};
 
@@ -14,7 +14,7 @@ const EVENTS: i64 = 20_000;
 const BATCH: i64 = 500;
 
 /// A server that counts statements, and does nothing of its own meanwhile.
-fn counting_postgres() -> Postgres {
+fn counting_postgres() -> PostgresServer {
     let settings = [
         "shared_preload_libraries=pg_stat_statements",
         "pg_stat_statements.track_utility=on",
@@ -24,11 +24,11 @@ fn counting_postgres() -> Postgres {
         "wal_writer_delay=10s",
     ];
     let settings = settings.map(str::to_owned).to_vec();
-    Postgres::start(&PostgresOptions { fsync: false, settings, ..PostgresOptions::default() })
+    PostgresServer::start(&PostgresOptions { fsync: false, settings, ..PostgresOptions::default() })
         .unwrap_or_else(|error| panic!("{error:#}"))
 }
 
-fn counted(postgres: &Postgres) -> TestDb {
+fn counted(postgres: &PostgresServer) -> TestDb {
     let db = TestDb::on(postgres);
     db.execute("CREATE EXTENSION pg_stat_statements");
     db

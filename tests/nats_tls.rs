@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use data_encoding::BASE64URL_NOPAD;
 use nkeys::KeyPair;
-use pg_outbox::lab::sandbox::{Nats, NatsOptions};
+use pg_outbox::lab::sandbox::{NatsOptions, NatsServer};
 use serde_json::{Value, json};
 
 use crate::harness::certificates::{Authority, Issued};
@@ -65,7 +65,8 @@ fn a_server_is_known_by_its_certificate() {
     let db = database();
     let right = |config: Config| config.set("nats.tls.ca", file(&ours.file()));
     for program in [None, Some(current_nats_server())] {
-        let start = |config: String| Nats::start(&NatsOptions { program: program.clone(), config }).unwrap();
+        let start =
+            |config: String| NatsServer::start(&NatsOptions { program: program.clone(), config }).unwrap();
         let server = start(tls(&ours.issue(&["localhost"]), ""));
         let at = |host: &str| config(&db, &format!("{host}:{}", server.port()));
         let unknown = Err("UnknownIssuer");
@@ -101,7 +102,7 @@ fn a_server_that_wants_a_certificate_gets_ours() {
     let verify = format!("verify: true, ca_file: '{}'", ours.file().display());
     for program in [None, Some(current_nats_server())] {
         let config = tls(&ours.issue(&["localhost"]), &verify);
-        let server = Nats::start(&NatsOptions { program, config }).unwrap();
+        let server = NatsServer::start(&NatsOptions { program, config }).unwrap();
         let base = self::config(&db, &format!("tls://localhost:{}", server.port()))
             .set("nats.tls.ca", file(&ours.file()));
         let with = |issued: &Issued| {
@@ -229,7 +230,7 @@ fn each_way_to_log_in_works_in_clear_and_over_tls() {
 /// be slow.
 struct Server {
     ours: Authority,
-    nats: Nats,
+    nats: NatsServer,
     stream: TestStream,
     proxy: Proxy,
 }
@@ -349,7 +350,7 @@ fn a_password_in_clear_is_worth_one_warning_off_this_machine() {
 }
 
 /// A server with the permissions that are shipped, but for the subject whose line has `without` in it.
-fn permitted(without: Option<&str>) -> Nats {
+fn permitted(without: Option<&str>) -> NatsServer {
     let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/etc/nats-permissions.conf");
     let text = std::fs::read_to_string(shipped).unwrap();
     let is_without = |line: &str| without.is_some_and(|part| line.contains(part));
@@ -366,7 +367,7 @@ fn permitted(without: Option<&str>) -> Nats {
 }
 
 /// The configuration that the permissions are for, on a server that has them.
-fn permitted_config(db: &TestDb, server: &Nats) -> (TestStream, Config) {
+fn permitted_config(db: &TestDb, server: &NatsServer) -> (TestStream, Config) {
     secrets::plant(PASSWORD);
     let admin = server.url().replace("nats://", "nats://admin:admin@");
     let stream = TestStream { url: admin, name: "EVENTS".to_owned(), prefix: "app".to_owned() };

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::{Nats, Postgres, Stop, Store};
+use pg_outbox::lab::sandbox::{NatsServer, PostgresServer, Stop, StoreState};
 use serde_json::json;
 
 use super::delivery::wait_drained;
@@ -56,7 +56,7 @@ fn a_nats_outage_is_charged_to_no_event() {
             db.number("SELECT coalesce(sum(attempts), 0) FROM outboxes WHERE published_at IS NULL"),
             0
         );
-        nats.start_again(Store::Kept).unwrap();
+        nats.start_again(StoreState::Kept).unwrap();
     });
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     check_history(&history.committed, &stream.messages()).assert_clean();
@@ -109,7 +109,7 @@ fn a_nats_server_killed_again_and_again_loses_nothing() {
         for _ in 0..4 {
             thread::sleep(Duration::from_millis(400));
             nats.kill().unwrap();
-            nats.start_again(Store::Kept).unwrap();
+            nats.start_again(StoreState::Kept).unwrap();
             wait_until("it publishes again", LIMIT, &[&daemon], || daemon.get("/ready").0 == 200);
         }
     });
@@ -118,7 +118,7 @@ fn a_nats_server_killed_again_and_again_loses_nothing() {
 }
 
 fn survives_restarts_of_postgres(mode: Stop) {
-    let mut postgres: Postgres = start_postgres();
+    let mut postgres: PostgresServer = start_postgres();
     let db = TestDb::on(&postgres);
     let stream = stream();
     let daemon = Daemon::start(&Config::new(&db, &stream));
@@ -228,7 +228,7 @@ fn core_nats_settles_nothing_that_a_subscriber_did_not_get() {
             nats.kill().unwrap();
             let held = hold();
             cut += usize::from((1..4_000).contains(&db.pending()));
-            nats.start_again(Store::Kept).unwrap();
+            nats.start_again(StoreState::Kept).unwrap();
             subscribed(round + 1);
             drop(held);
             wait_until("the round is published", LIMIT, &[&daemon, &db], || db.pending() == 0);
@@ -249,7 +249,7 @@ fn core_nats_settles_nothing_that_a_subscriber_did_not_get() {
 #[test]
 fn no_nats_server_at_the_start_ends_the_daemon_after_its_attempts() {
     let db = database();
-    let mut nats: Nats = start_nats("");
+    let mut nats: NatsServer = start_nats("");
     let stream = TestStream::on(&nats.url(), &json!({}));
     nats.kill().unwrap();
     let config = Config::new(&db, &stream).set("nats.max_retries", 3).set("nats.retry_delay", "300ms");
@@ -283,14 +283,14 @@ fn one_server_of_several_is_enough() {
 #[test]
 fn a_nats_server_that_comes_late_is_found() {
     let db = database();
-    let mut nats: Nats = start_nats("");
+    let mut nats: NatsServer = start_nats("");
     let stream = TestStream::on(&nats.url(), &json!({}));
     nats.stop(Stop::Fast).unwrap();
     db.events("order.placed", 10, 2);
     let config = Config::new(&db, &stream).set("nats.max_retries", 20).set("nats.retry_delay", "200ms");
     let daemon = Daemon::start(&config);
     wait_until("it tries", LIMIT, &[&daemon], || daemon.log().contains("attempt=2/20"));
-    nats.start_again(Store::Kept).unwrap();
+    nats.start_again(StoreState::Kept).unwrap();
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     assert_eq!(stream.count(), 10);
 }

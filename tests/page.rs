@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use pg_outbox::lab::sandbox::Stop;
-use pg_outbox::lab::sandbox::Store;
+use pg_outbox::lab::sandbox::StoreState;
 use serde_json::{Value, json};
 
 use super::harness::browser::{Browser, Look};
@@ -84,7 +84,7 @@ fn the_numbers_move_while_events_flow_and_an_outage_shows() {
             && first_number(&browser.inner("#backlog .value")) >= Some(500.0)
     });
     pictures(&mut browser, "outage");
-    nats.start_again(Store::Kept).unwrap();
+    nats.start_again(StoreState::Kept).unwrap();
     wait_until("it is over", LIMIT, &[&daemon], || {
         let verdict = browser.text("verdict");
         verdict == "Ready" || verdict == "Publishing"

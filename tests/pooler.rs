@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use postgres::{Client, NoTls};
 
-use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer};
 
 use super::delivery::wait_drained;
 use super::harness::daemon::pg_outbox;
@@ -26,13 +26,13 @@ fn config(db: &TestDb, stream: &TestStream, pooler: &Pooler) -> Config {
 }
 
 /// A server that logs what it executes, by what name, and for whom.
-fn talkative_postgres() -> Postgres {
+fn talkative_postgres() -> PostgresServer {
     let settings = ["log_statement=all", "log_line_prefix=%a "].map(str::to_owned).to_vec();
     start_postgres_with(PostgresOptions { settings, ..PostgresOptions::default() })
 }
 
 /// What the server executed for us: of statements that have a name, and of those that have none.
-fn executed(postgres: &Postgres) -> (usize, usize) {
+fn executed(postgres: &PostgresServer) -> (usize, usize) {
     let log = postgres.log();
     let ours =
         |what: &str| log.lines().filter(|line| line.starts_with("pg-outbox/") && line.contains(what)).count();

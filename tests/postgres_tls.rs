@@ -9,7 +9,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use pg_outbox::config::Database;
-use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer};
 use pg_outbox::postgres::{ClaimSettings, Listener, SleepLock, Store};
 
 use crate::claim::settings_for;
@@ -34,7 +34,7 @@ host      all anyone,postgres all password
 
 /// A server with this certificate that knows `clients`, and a database with the schema.
 struct Server {
-    postgres: Postgres,
+    postgres: PostgresServer,
     db: TestDb,
 }
 
@@ -231,9 +231,11 @@ fn scram_is_bound_to_the_channel_where_the_server_offers_it() {
 fn of_several_servers_the_one_that_takes_writes_is_used() {
     let primary = start_postgres_with(PostgresOptions::default());
     let db = TestDb::on(&primary);
-    let standby =
-        Postgres::start_replica(&primary, &PostgresOptions { fsync: false, ..PostgresOptions::default() })
-            .unwrap();
+    let standby = PostgresServer::start_replica(
+        &primary,
+        &PostgresOptions { fsync: false, ..PostgresOptions::default() },
+    )
+    .unwrap();
     let credentials = db.dsn.split_once("://").unwrap().1.rsplit_once('@').unwrap().0;
     let dead = pg_outbox::lab::sandbox::free_port().unwrap();
     let dsn = |words: &str| {

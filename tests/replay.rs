@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use super::delivery::wait_drained;
-use pg_outbox::lab::sandbox::Store;
+use pg_outbox::lab::sandbox::StoreState;
 
 use super::harness::daemon::pg_outbox;
 use super::harness::workload::writers_until;
@@ -291,7 +291,7 @@ fn an_outage_in_the_middle_is_outlasted() {
         let replaying = scope.spawn(|| replay_json(&config, &["--all", "--rate", "100", "--name", "n"]));
         wait_until("some of it was sent", LIMIT, &[&nats], || stream.count() >= 330);
         nats.kill().unwrap();
-        nats.start_again(Store::Kept).unwrap();
+        nats.start_again(StoreState::Kept).unwrap();
         assert_eq!(replaying.join().unwrap()["sent"], 300);
     });
     let messages = stream.messages();

@@ -4,7 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::{Nats, NatsOptions, Stop, Store};
+use pg_outbox::lab::sandbox::{NatsOptions, NatsServer, Stop, StoreState};
 use postgres::{Client as Postgres, NoTls};
 use serde_json::json;
 
@@ -31,7 +31,7 @@ fn a_private_postgres_keeps_its_data_over_every_end_and_leaves_nothing() {
     let dsn = server.dsn("kept");
     let connect = || Postgres::connect(&dsn, NoTls).unwrap();
     connect().batch_execute("CREATE TABLE numbers (n int)").unwrap();
-    let ends: [&dyn Fn(&mut pg_outbox::lab::sandbox::Postgres); 3] = [
+    let ends: [&dyn Fn(&mut pg_outbox::lab::sandbox::PostgresServer); 3] = [
         &|server| server.stop(Stop::Fast).unwrap(),
         &|server| server.stop(Stop::Immediate).unwrap(),
         &|server| server.kill().unwrap(),
@@ -73,7 +73,7 @@ fn a_paused_postgres_answers_nobody_until_it_is_resumed() {
 
 #[test]
 fn a_private_nats_server_comes_back_on_its_port_with_or_without_its_store() {
-    let mut server = Nats::start(&NatsOptions::default()).unwrap();
+    let mut server = NatsServer::start(&NatsOptions::default()).unwrap();
     let url = server.url();
     let stream = TestStream::on(&url, &json!({}));
     let publish = |text: &str| {
@@ -84,13 +84,13 @@ fn a_private_nats_server_comes_back_on_its_port_with_or_without_its_store() {
     publish("1");
     server.stop(Stop::Fast).unwrap();
     assert!(TcpStream::connect(("127.0.0.1", server.port())).is_err());
-    server.start_again(Store::Kept).unwrap();
+    server.start_again(StoreState::Kept).unwrap();
     publish("2");
     server.kill().unwrap();
-    server.start_again(Store::Kept).unwrap();
+    server.start_again(StoreState::Kept).unwrap();
     assert_eq!(stream.messages().len(), 2);
     server.stop(Stop::Immediate).unwrap();
-    server.start_again(Store::Emptied).unwrap();
+    server.start_again(StoreState::Emptied).unwrap();
     stream.create(&json!({}));
     assert_eq!(stream.count(), 0);
 
@@ -112,7 +112,7 @@ fn a_private_nats_server_comes_back_on_its_port_with_or_without_its_store() {
 fn further_config_reaches_nats_server() {
     let config = "max_payload: 2048\nauthorization { users: [
         { user: writer, password: w, permissions: { publish: { deny: [\"denied.>\"] } } } ] }";
-    let server = Nats::start(&NatsOptions { program: None, config: config.to_owned() }).unwrap();
+    let server = NatsServer::start(&NatsOptions { program: None, config: config.to_owned() }).unwrap();
     let mut client = Client::connect(&server.url().replace("nats://", "nats://writer:w@"));
     client.publish("denied.x", "", "", b"");
     client.flush();
@@ -127,7 +127,7 @@ fn further_config_reaches_nats_server() {
 #[test]
 fn a_current_nats_server_runs_beside_the_one_of_the_distribution() {
     let options = NatsOptions { program: Some(current_nats_server()), config: String::new() };
-    let server = Nats::start(&options).unwrap();
+    let server = NatsServer::start(&options).unwrap();
     let stream = TestStream::on(&server.url(), &json!({"allow_atomic": true}));
     assert_eq!(stream.info()["config"]["allow_atomic"], true);
     let mut client = Client::connect(&server.url());
@@ -139,17 +139,17 @@ fn a_current_nats_server_runs_beside_the_one_of_the_distribution() {
 #[test]
 fn an_end_while_starting_shows_the_log() {
     let options = NatsOptions { program: None, config: "no_such_option: 1\n".to_owned() };
-    let error = Nats::start(&options).unwrap_err().to_string();
+    let error = NatsServer::start(&options).unwrap_err().to_string();
     assert!(error.contains("no_such_option"), "{error}");
 }
 
 #[test]
 fn a_port_that_was_taken_meanwhile_is_an_error_at_once() {
-    let mut server = Nats::start(&NatsOptions::default()).unwrap();
+    let mut server = NatsServer::start(&NatsOptions::default()).unwrap();
     server.stop(Stop::Fast).unwrap();
     let _thief = TcpListener::bind(("127.0.0.1", server.port())).unwrap();
     let started = Instant::now();
-    let error = server.start_again(Store::Kept).unwrap_err().to_string();
+    let error = server.start_again(StoreState::Kept).unwrap_err().to_string();
     assert_eq!(error, format!("start nats-server: port {} was taken meanwhile", server.port()));
     assert!(started.elapsed() < Duration::from_secs(10));
 }

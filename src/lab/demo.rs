@@ -24,7 +24,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::config::NatsAuth;
 use crate::lab::daemon::{Daemon, Program};
-use crate::lab::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
+use crate::lab::sandbox::{NatsOptions, NatsServer, PostgresOptions, PostgresServer};
 use crate::nats::reader::{Stored, StreamReader};
 
 /// Connections that insert at the same time.
@@ -64,8 +64,8 @@ pub struct DemoOptions {
 pub fn run(options: DemoOptions) -> Result<bool> {
     let stop = stop_flag()?;
     say("starting a private PostgreSQL and a private nats-server");
-    let postgres = Postgres::start(&PostgresOptions::default())?;
-    let nats = Nats::start(&NatsOptions::default())?;
+    let postgres = PostgresServer::start(&PostgresOptions::default())?;
+    let nats = NatsServer::start(&NatsOptions::default())?;
     postgres.create_database(DATABASE)?;
     say("starting the daemon");
     let program = Program::new("demo", &config_yaml(&postgres, &nats))?;
@@ -113,8 +113,8 @@ pub(super) fn stop_flag() -> Result<Arc<AtomicBool>> {
 fn deliver(
     events: u64,
     stop: &Arc<AtomicBool>,
-    postgres: &Postgres,
-    nats: &Nats,
+    postgres: &PostgresServer,
+    nats: &NatsServer,
     daemon: &mut Daemon,
     account: &mut Account,
 ) -> Result<Written> {
@@ -160,7 +160,7 @@ fn deliver(
 }
 
 /// Says where everything is, and waits for Ctrl-C.
-fn keep(stop: &AtomicBool, postgres: &Postgres, nats: &Nats, daemon: &mut Daemon) -> Result<()> {
+fn keep(stop: &AtomicBool, postgres: &PostgresServer, nats: &NatsServer, daemon: &mut Daemon) -> Result<()> {
     let dsn = postgres.dsn(DATABASE);
     println!(
         "\nstill running, until Ctrl-C:\n\
@@ -184,7 +184,7 @@ fn keep(stop: &AtomicBool, postgres: &Postgres, nats: &Nats, daemon: &mut Daemon
     Ok(())
 }
 
-fn config_yaml(postgres: &Postgres, nats: &Nats) -> String {
+fn config_yaml(postgres: &PostgresServer, nats: &NatsServer) -> String {
     format!(
         r#"dispatcher: {{ instance_id: demo, workers: 4 }}
 database: {{ dsn: "{}" }}
@@ -201,7 +201,7 @@ metrics: {{ address: 127.0.0.1, port: 0 }}
 }
 
 /// One statement, and what it answers.
-fn sql(postgres: &Postgres, statement: &str) -> Result<String> {
+fn sql(postgres: &PostgresServer, statement: &str) -> Result<String> {
     let output = postgres.psql(DATABASE).args(["-At", "-c", statement]).output().context("run psql")?;
     ensure!(output.status.success(), "{statement}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

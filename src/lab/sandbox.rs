@@ -11,8 +11,8 @@ mod postgres;
 mod server;
 
 pub use self::guard::Guard;
-pub use self::nats::{Nats, NatsOptions, Store};
-pub use self::postgres::{Postgres, PostgresOptions};
+pub use self::nats::{NatsOptions, NatsServer, StoreState};
+pub use self::postgres::{PostgresOptions, PostgresServer};
 pub use self::server::free_port;
 
 /// Names the folder with PostgreSQL's programs (`initdb`, `postgres`, `psql`, `pg_isready`).

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer};
 use serde_json::json;
 
 use super::super::harness::TestDb;
@@ -21,7 +21,7 @@ const REFUSED: &str = "no stream takes subject";
 
 /// A PostgreSQL whose clock can be set.
 struct Clock {
-    postgres: Postgres,
+    postgres: PostgresServer,
     /// Holds the file with what is added to the clock.
     folder: tempfile::TempDir,
 }

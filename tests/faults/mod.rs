@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::Nats;
+use pg_outbox::lab::sandbox::NatsServer;
 use serde_json::{Value, json};
 
 use super::harness::stream::{current_nats, shared_current_nats, shared_nats};
@@ -233,7 +233,7 @@ impl Run {
     }
 
     /// The nats-server that all tests share.
-    pub fn nats(&self) -> &'static Nats {
+    pub fn nats(&self) -> &'static NatsServer {
         match self.sending {
             Sending::Singly => shared_nats(),
             Sending::Batches => shared_current_nats(),
@@ -241,7 +241,7 @@ impl Run {
     }
 
     /// A nats-server of one's own, to stop, pause or empty it.
-    pub fn start_nats(&self) -> Nats {
+    pub fn start_nats(&self) -> NatsServer {
         match self.sending {
             Sending::Singly => start_nats(""),
             Sending::Batches => current_nats(),
@@ -259,7 +259,7 @@ impl Run {
     }
 
     /// A stream on this server.
-    pub fn stream_on(&self, nats: &Nats) -> TestStream {
+    pub fn stream_on(&self, nats: &NatsServer) -> TestStream {
         TestStream::on(&nats.url(), &self.settings(json!({})))
     }
 

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use pg_outbox::lab::sandbox::{Stop, Store};
+use pg_outbox::lab::sandbox::{Stop, StoreState};
 use serde_json::json;
 
 use super::super::harness::proxy::Proxy;
@@ -32,7 +32,7 @@ fn restarts(run: &mut Run, mode: Stop) {
         for _ in 0..2 {
             nats.stop(mode).unwrap();
             run.pause(run.pick(0..=1_500, 0..=30_000));
-            nats.start_again(Store::Kept).unwrap();
+            nats.start_again(StoreState::Kept).unwrap();
             run.wait_work(stage, "it publishes again");
             run.pause(200..=800);
         }
@@ -63,7 +63,7 @@ pub fn starts_empty(run: &mut Run) {
         stage.end_life();
         nats.kill().unwrap();
         run.pause(run.pick(0..=1_500, 0..=30_000));
-        nats.start_again(Store::Emptied).unwrap();
+        nats.start_again(StoreState::Emptied).unwrap();
         proxy.admit();
         run.pause(500..=2_000);
         stage.stream.create(&run.settings(json!({})));

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::{Postgres, PostgresOptions, Stop};
+use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer, Stop};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::super::harness::database::{start_postgres, start_postgres_with};
@@ -98,7 +98,8 @@ pub fn a_replica_takes_over(run: &mut Run) {
     let mut primary = start_postgres();
     let mut db = TestDb::on(&primary);
     let options = PostgresOptions { fsync: false, ..PostgresOptions::default() };
-    let replica = Postgres::start_replica(&primary, &options).unwrap_or_else(|error| panic!("{error:#}"));
+    let replica =
+        PostgresServer::start_replica(&primary, &options).unwrap_or_else(|error| panic!("{error:#}"));
     db.execute("ALTER SYSTEM SET synchronous_standby_names = '*'");
     db.execute("SELECT pg_reload_conf()");
     wait_until("the replica follows", REPLICA_LIMIT, &[&primary, &replica], || {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pg_outbox::lab::sandbox::{Nats, NatsOptions, Store, free_port};
+use pg_outbox::lab::sandbox::{NatsOptions, NatsServer, StoreState, free_port};
 use serde_json::{Value, json};
 
 use super::stream::current_nats_server;
@@ -15,7 +15,7 @@ const LEADER_LIMIT: Duration = Duration::from_secs(120);
 /// The cluster.
 pub struct Cluster {
     /// Its servers.
-    pub servers: Vec<Nats>,
+    pub servers: Vec<NatsServer>,
 }
 
 impl Cluster {
@@ -29,14 +29,14 @@ impl Cluster {
                 routes.join(", ")
             );
             let options = NatsOptions { program: Some(current_nats_server()), config };
-            Nats::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+            NatsServer::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
         });
         Cluster { servers: servers.collect() }
     }
 
     /// The URLs of all servers, with commas between.
     pub fn urls(&self) -> String {
-        self.servers.iter().map(Nats::url).collect::<Vec<_>>().join(",")
+        self.servers.iter().map(NatsServer::url).collect::<Vec<_>>().join(",")
     }
 
     /// A stream with three replicas; `settings` override the fields of its configuration.
@@ -79,7 +79,7 @@ impl Cluster {
 
     /// Starts it again with what it had stored.
     pub fn start_again(&mut self, server: usize) {
-        self.servers[server].start_again(Store::Kept).unwrap();
+        self.servers[server].start_again(StoreState::Kept).unwrap();
     }
 
     /// What STREAM.INFO says, if the cluster says anything.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::{Postgres, PostgresOptions};
+use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer};
 use postgres::{Client, NoTls};
 
 use super::{Evidence, Row, RowState, Table, unique};
@@ -22,8 +22,8 @@ pub const OPERATOR: &str = "operator";
 const EVIDENCE_ROWS: usize = 20;
 
 /// The PostgreSQL that all tests share. It is never stopped or paused.
-pub fn shared_postgres() -> &'static Postgres {
-    static POSTGRES: OnceLock<Postgres> = OnceLock::new();
+pub fn shared_postgres() -> &'static PostgresServer {
+    static POSTGRES: OnceLock<PostgresServer> = OnceLock::new();
     POSTGRES.get_or_init(|| {
         let postgres = start_postgres();
         postgres.create_database(TEMPLATE).unwrap();
@@ -33,14 +33,14 @@ pub fn shared_postgres() -> &'static Postgres {
 }
 
 /// A private PostgreSQL, for tests that stop or pause it. Without fsync: they crash processes, not the machine.
-pub fn start_postgres() -> Postgres {
+pub fn start_postgres() -> PostgresServer {
     start_postgres_with(PostgresOptions::default())
 }
 
 /// The same, with more to it.
-pub fn start_postgres_with(options: PostgresOptions) -> Postgres {
+pub fn start_postgres_with(options: PostgresOptions) -> PostgresServer {
     let options = PostgresOptions { fsync: false, ..options };
-    Postgres::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+    PostgresServer::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// The end of a launcher (see [`PostgresOptions`]) that was root, which PostgreSQL must not be.
@@ -69,14 +69,14 @@ pub struct TestDb {
 
 impl TestDb {
     /// Makes a database on a private server.
-    pub fn on(postgres: &Postgres) -> TestDb {
+    pub fn on(postgres: &PostgresServer) -> TestDb {
         let db = TestDb::without_schema(postgres);
         migrate(postgres, &db.name);
         db
     }
 
     /// The same, with everything of it in this tablespace.
-    pub fn in_tablespace(postgres: &Postgres, tablespace: &str) -> TestDb {
+    pub fn in_tablespace(postgres: &PostgresServer, tablespace: &str) -> TestDb {
         let name = unique("test_");
         let mut admin = Client::connect(&postgres.dsn("postgres"), NoTls).unwrap();
         admin.batch_execute(&format!("CREATE DATABASE {name} TABLESPACE {tablespace}")).unwrap();
@@ -85,7 +85,7 @@ impl TestDb {
     }
 
     /// The same, in this encoding.
-    pub fn in_encoding(postgres: &Postgres, encoding: &str) -> TestDb {
+    pub fn in_encoding(postgres: &PostgresServer, encoding: &str) -> TestDb {
         let name = unique("test_");
         let mut admin = Client::connect(&postgres.dsn("postgres"), NoTls).unwrap();
         let create = format!("CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0");
@@ -95,7 +95,7 @@ impl TestDb {
     }
 
     /// Makes a database on any server, without the schema.
-    pub fn without_schema(postgres: &Postgres) -> TestDb {
+    pub fn without_schema(postgres: &PostgresServer) -> TestDb {
         let name = unique("test_");
         postgres.create_database(&name).unwrap();
         TestDb { dsn: postgres.dsn(&name), name }
@@ -246,17 +246,17 @@ pub fn as_role(dsn: &str, role: &str) -> String {
 }
 
 /// Grants the roles of schema/roles.sql what they need on an outbox that was made by other means than [`migrate`].
-pub fn grant_roles(postgres: &Postgres, database: &str) {
+pub fn grant_roles(postgres: &PostgresServer, database: &str) {
     apply(postgres, database, &Path::new(env!("CARGO_MANIFEST_DIR")).join("schema/roles.sql"));
 }
 
-fn apply(postgres: &Postgres, database: &str, file: &Path) {
+fn apply(postgres: &PostgresServer, database: &str, file: &Path) {
     let output = postgres.psql(database).arg("-f").arg(file).output().unwrap();
     assert!(output.status.success(), "{}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
 }
 
 /// Applies the files of schema/ in their order, as an operator does with psql, and makes the login roles.
-pub fn migrate(postgres: &Postgres, database: &str) {
+pub fn migrate(postgres: &PostgresServer, database: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema");
     let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))

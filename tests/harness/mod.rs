@@ -34,7 +34,7 @@ pub use workload::{Workload, writers};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::{Nats, Postgres};
+use pg_outbox::lab::sandbox::{NatsServer, PostgresServer};
 
 /// Time between two looks of [`wait_until`].
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -45,13 +45,13 @@ pub trait Evidence {
     fn evidence(&self) -> String;
 }
 
-impl Evidence for Postgres {
+impl Evidence for PostgresServer {
     fn evidence(&self) -> String {
         format!("--- log of postgres (port {})\n{}", self.port(), self.log_tail())
     }
 }
 
-impl Evidence for Nats {
+impl Evidence for NatsServer {
     fn evidence(&self) -> String {
         format!("--- log of nats-server (port {})\n{}", self.port(), self.log_tail())
     }

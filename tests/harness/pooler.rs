@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pg_outbox::lab::sandbox::{Guard, Postgres, free_port};
+use pg_outbox::lab::sandbox::{Guard, PostgresServer, free_port};
 use rustix::process::{Pid, Signal};
 
 use super::database::{DISPATCHER, OPERATOR, WRITER, as_postgres_user, as_role};
@@ -45,7 +45,7 @@ pub struct Pooler {
 
 impl Pooler {
     /// A pooler of this mode in front of `postgres`, with `connections` to each of its databases at most.
-    pub fn to(postgres: &Postgres, mode: Mode, connections: usize) -> Pooler {
+    pub fn to(postgres: &PostgresServer, mode: Mode, connections: usize) -> Pooler {
         assert!(Path::new(PROGRAM).exists(), "no {PROGRAM}: apt-get install pgbouncer");
         let temporary = tempfile::Builder::new().prefix("pg-outbox-pgbouncer-").tempdir().unwrap();
         let guard = Guard::over(temporary.path(), "KILL").unwrap();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use pg_outbox::lab::sandbox::{Nats, NatsOptions};
+use pg_outbox::lab::sandbox::{NatsOptions, NatsServer};
 use serde_json::{Value, json};
 
 use super::wire::{Client, Message};
@@ -22,9 +22,11 @@ const READ_TRIES: usize = 20;
 const EVIDENCE_MESSAGES: usize = 10;
 
 /// The nats-server that all tests share. It is never stopped or paused.
-pub fn shared_nats() -> &'static Nats {
-    static NATS: OnceLock<Nats> = OnceLock::new();
-    NATS.get_or_init(|| Nats::start(&NatsOptions::default()).unwrap_or_else(|error| panic!("{error:#}")))
+pub fn shared_nats() -> &'static NatsServer {
+    static NATS: OnceLock<NatsServer> = OnceLock::new();
+    NATS.get_or_init(|| {
+        NatsServer::start(&NatsOptions::default()).unwrap_or_else(|error| panic!("{error:#}"))
+    })
 }
 
 /// A current nats-server, beside the one of the distribution: the program that tests/run.sh fetches.
@@ -40,21 +42,21 @@ pub fn current_nats_server() -> PathBuf {
 }
 
 /// The current nats-server that all tests share. It is never stopped or paused.
-pub fn shared_current_nats() -> &'static Nats {
-    static NATS: OnceLock<Nats> = OnceLock::new();
+pub fn shared_current_nats() -> &'static NatsServer {
+    static NATS: OnceLock<NatsServer> = OnceLock::new();
     NATS.get_or_init(current_nats)
 }
 
 /// A private server of the current version.
-pub fn current_nats() -> Nats {
+pub fn current_nats() -> NatsServer {
     let options = NatsOptions { program: Some(current_nats_server()), ..NatsOptions::default() };
-    Nats::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+    NatsServer::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// A private server, for a test that stops or pauses it; `config` is added to its config file.
-pub fn start_nats(config: &str) -> Nats {
+pub fn start_nats(config: &str) -> NatsServer {
     let options = NatsOptions { config: config.to_owned(), ..NatsOptions::default() };
-    Nats::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
+    NatsServer::start(&options).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// A stream of one's own on the shared server.

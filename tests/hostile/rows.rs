@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pg_outbox::config::NatsAuth;
-use pg_outbox::lab::sandbox::{Nats, NatsOptions};
+use pg_outbox::lab::sandbox::{NatsOptions, NatsServer};
 use pg_outbox::nats::reader::StreamReader;
 use postgres::{Client, NoTls};
 use serde_json::json;
@@ -172,10 +172,10 @@ fn insert(db: &TestDb, columns: &str, values: &str, expected: Expected) -> (i64,
     (seq, expected)
 }
 
-fn servers() -> [Nats; 2] {
+fn servers() -> [NatsServer; 2] {
     let config = "max_payload: 8MB".to_owned();
     let current = NatsOptions { program: Some(current_nats_server()), config: config.clone() };
-    [start_nats(&config), Nats::start(&current).unwrap()]
+    [start_nats(&config), NatsServer::start(&current).unwrap()]
 }
 
 #[test]

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use crate::command::migrate;
 use crate::config::{Config, DsnParts, NatsAuth, Secret};
 use crate::lab::daemon::{Daemon, Program};
-use crate::lab::sandbox::{Nats, NatsOptions, Postgres, PostgresOptions};
+use crate::lab::sandbox::{NatsOptions, NatsServer, PostgresOptions, PostgresServer};
 use crate::nats::streams::{Batches, Streams};
 use crate::postgres::Plain;
 
@@ -33,7 +33,7 @@ pub(super) struct Place {
     stream: Option<String>,
     streams_made: usize,
     streams: Streams,
-    servers: Option<(Postgres, Nats)>,
+    servers: Option<(PostgresServer, NatsServer)>,
     counts_statements: bool,
 }
 
@@ -93,11 +93,11 @@ impl Place {
             ..PostgresOptions::default()
         };
         // Without the library, which is not in every installation, the server does not start.
-        let (postgres, counts) = match Postgres::start(&options(&COUNTING)) {
+        let (postgres, counts) = match PostgresServer::start(&options(&COUNTING)) {
             Ok(postgres) => (postgres, true),
-            Err(_) => (Postgres::start(&options(&[]))?, false),
+            Err(_) => (PostgresServer::start(&options(&[]))?, false),
         };
-        let nats = Nats::start(&NatsOptions::default())?;
+        let nats = NatsServer::start(&NatsOptions::default())?;
         postgres.create_database(DATABASE)?;
         let dsn = postgres.dsn(DATABASE);
         let text = format!("database: {{ dsn: \"{dsn}\" }}\nnats: {{ url: \"{}\" }}\n", nats.url());

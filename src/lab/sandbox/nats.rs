@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::Signal;
 
-use super::server::{POLL, START_LIMIT, Server, has, on_a_free_port, on_path};
+use super::server::{POLL, START_LIMIT, ServerProcess, has, on_a_free_port, on_path};
 use super::{NATS_SERVER_VAR, Stop};
 
 /// What a private nats-server is started with.
@@ -26,7 +26,7 @@ pub struct NatsOptions {
 
 /// What a nats-server finds in its JetStream folder when it starts again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Store {
+pub enum StoreState {
     /// What it stored before.
     Kept,
     /// Nothing: its streams are gone.
@@ -35,24 +35,24 @@ pub enum Store {
 
 /// A private nats-server with JetStream, on 127.0.0.1 alone. Dropping it ends the server and removes its store.
 #[derive(Debug)]
-pub struct Nats {
-    server: Server,
+pub struct NatsServer {
+    server: ServerProcess,
     program: PathBuf,
     config: String,
     port: u16,
 }
 
-impl Nats {
+impl NatsServer {
     /// Starts a server and waits until it greets.
     ///
     /// An error says what is missing and how to install it, or shows the end of the server's log.
-    pub fn start(options: &NatsOptions) -> Result<Nats> {
+    pub fn start(options: &NatsOptions) -> Result<NatsServer> {
         let program = match &options.program {
             Some(program) => program.clone(),
             None => find_nats_server()?,
         };
-        let server = Server::new("nats-server", "KILL")?;
-        let mut nats = Nats { server, program, config: options.config.clone(), port: 0 };
+        let server = ServerProcess::new("nats-server", "KILL")?;
+        let mut nats = NatsServer { server, program, config: options.config.clone(), port: 0 };
         on_a_free_port("nats-server", |port| {
             nats.port = port;
             nats.start_once()
@@ -60,10 +60,10 @@ impl Nats {
         Ok(nats)
     }
 
-    /// Starts the server again, on the same port, after [`Nats::stop`] or [`Nats::kill`].
-    pub fn start_again(&mut self, store: Store) -> Result<()> {
+    /// Starts the server again, on the same port, after [`NatsServer::stop`] or [`NatsServer::kill`].
+    pub fn start_again(&mut self, store: StoreState) -> Result<()> {
         ensure!(self.server.child.is_none(), "start nats-server: it is running");
-        if store == Store::Emptied && self.store().exists() {
+        if store == StoreState::Emptied && self.store().exists() {
             fs::remove_dir_all(self.store()).context("empty the store of nats-server")?;
         }
         ensure!(self.start_once()?, "start nats-server: port {} was taken meanwhile", self.port);
@@ -154,7 +154,7 @@ impl Nats {
     }
 }
 
-impl Drop for Nats {
+impl Drop for NatsServer {
     fn drop(&mut self) {
         // What an orderly end leaves undone, the guard does.
         let _ = self.server.stop(Signal::KILL);

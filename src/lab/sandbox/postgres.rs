@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::Signal;
 
-use super::server::{POLL, START_LIMIT, Server, on_a_free_port, on_path, text};
+use super::server::{POLL, START_LIMIT, ServerProcess, on_a_free_port, on_path, text};
 use super::{POSTGRES_BIN_VAR, Stop};
 
 /// Longest time for a replica to take writes after it was told to, in seconds.
@@ -44,8 +44,8 @@ impl Default for PostgresOptions {
 /// It listens on 127.0.0.1 alone and lets in its superuser `postgres` with a random password. When we are root
 /// it runs as the user `postgres`, since PostgreSQL refuses to run as root.
 #[derive(Debug)]
-pub struct Postgres {
-    server: Server,
+pub struct PostgresServer {
+    server: ServerProcess,
     bin: PathBuf,
     user: Option<UnixUser>,
     password: String,
@@ -54,12 +54,12 @@ pub struct Postgres {
     launcher: Vec<String>,
 }
 
-impl Postgres {
+impl PostgresServer {
     /// Creates a data folder, starts a server on it and waits until it takes connections.
     ///
     /// An error says what is missing and how to install it, or shows the end of the server's log.
-    pub fn start(options: &PostgresOptions) -> Result<Postgres> {
-        let mut postgres = Postgres::prepare(options, random_password()?)?;
+    pub fn start(options: &PostgresOptions) -> Result<PostgresServer> {
+        let mut postgres = PostgresServer::prepare(options, random_password()?)?;
         postgres.initdb()?;
         postgres.start_first()?;
         Ok(postgres)
@@ -68,8 +68,8 @@ impl Postgres {
     /// Starts a second server that copies `primary` and goes on to follow it, read-only, by streaming replication.
     ///
     /// An error is as for [`Postgres::start`], or what pg_basebackup said.
-    pub fn start_replica(primary: &Postgres, options: &PostgresOptions) -> Result<Postgres> {
-        let mut replica = Postgres::prepare(options, primary.password.clone())?;
+    pub fn start_replica(primary: &PostgresServer, options: &PostgresOptions) -> Result<PostgresServer> {
+        let mut replica = PostgresServer::prepare(options, primary.password.clone())?;
         let output = replica
             .as_server_user("pg_basebackup")
             .args([
@@ -105,11 +105,11 @@ impl Postgres {
     }
 
     /// Everything but the data: folder, user, command line.
-    fn prepare(options: &PostgresOptions, password: String) -> Result<Postgres> {
+    fn prepare(options: &PostgresOptions, password: String) -> Result<PostgresServer> {
         let bin = find_postgres_bin()?;
         let user =
             if rustix::process::geteuid().is_root() { Some(UnixUser::find("postgres")?) } else { None };
-        let server = Server::new("postgres", "QUIT")?;
+        let server = ServerProcess::new("postgres", "QUIT")?;
         if let Some(user) = user {
             chown(&server.folder, Some(user.uid), Some(user.gid))
                 .with_context(|| format!("give {} to the user postgres", server.folder.display()))?;
@@ -122,7 +122,7 @@ impl Postgres {
         ];
         arguments.extend(options.settings.iter().cloned());
         let launcher = options.launcher.clone();
-        Ok(Postgres { server, bin, user, password, port: 0, arguments, launcher })
+        Ok(PostgresServer { server, bin, user, password, port: 0, arguments, launcher })
     }
 
     /// The first start, on whatever port is free.
@@ -309,7 +309,7 @@ impl Postgres {
     }
 }
 
-impl Drop for Postgres {
+impl Drop for PostgresServer {
     fn drop(&mut self) {
         // What an orderly end leaves undone, the guard does.
         let _ = self.server.stop(Signal::QUIT);

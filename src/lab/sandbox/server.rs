@@ -29,22 +29,22 @@ const LOG_TAIL_LINES: usize = 15;
 
 /// What both servers have in common: a folder, a log in it, a process, and the guard over both.
 #[derive(Debug)]
-pub(super) struct Server {
+pub(super) struct ServerProcess {
     name: &'static str,
     pub(super) child: Option<Child>,
     pub(super) folder: PathBuf,
     guard: Guard,
 }
 
-impl Server {
-    pub(super) fn new(name: &'static str, guard_signal: &str) -> Result<Server> {
+impl ServerProcess {
+    pub(super) fn new(name: &'static str, guard_signal: &str) -> Result<ServerProcess> {
         let folder = tempfile::Builder::new()
             .prefix(&format!("pg-outbox-{name}-"))
             .tempdir()
             .with_context(|| format!("make a folder for {name}"))?;
         let guard = Guard::over(folder.path(), guard_signal)?;
         // From here on the guard removes it.
-        Ok(Server { name, child: None, folder: folder.keep(), guard })
+        Ok(ServerProcess { name, child: None, folder: folder.keep(), guard })
     }
 
     pub(super) fn spawn(&mut self, command: &mut Command) -> Result<()> {
