@@ -416,7 +416,7 @@ impl Bench {
     }
 }
 
-/// As [`bench::Part`], for the command line.
+/// As [`bench::BenchPart`], for the command line.
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Part {
     /// Each server alone: publishing without a database, claims without publishing.
@@ -435,16 +435,16 @@ pub(crate) enum Part {
     Instances,
 }
 
-impl From<Part> for bench::Part {
-    fn from(part: Part) -> bench::Part {
+impl From<Part> for bench::BenchPart {
+    fn from(part: Part) -> bench::BenchPart {
         match part {
-            Part::Limits => bench::Part::Limits,
-            Part::Drain => bench::Part::Drain,
-            Part::Latency => bench::Part::Latency,
-            Part::Cost => bench::Part::Cost,
-            Part::Growth => bench::Part::Growth,
-            Part::Writers => bench::Part::Writers,
-            Part::Instances => bench::Part::Instances,
+            Part::Limits => bench::BenchPart::Limits,
+            Part::Drain => bench::BenchPart::Drain,
+            Part::Latency => bench::BenchPart::Latency,
+            Part::Cost => bench::BenchPart::Cost,
+            Part::Growth => bench::BenchPart::Growth,
+            Part::Writers => bench::BenchPart::Writers,
+            Part::Instances => bench::BenchPart::Instances,
         }
     }
 }

@@ -11,10 +11,10 @@ mod drain;
 mod idle;
 mod latency;
 mod limits;
-mod place;
 mod plot;
 mod process;
 mod report;
+mod testbed;
 mod writers;
 
 use std::path::PathBuf;
@@ -26,10 +26,10 @@ use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::book::Book;
-use self::drain::{Drain, Held, Keys, Point};
+use self::drain::{Drain, HeldSnapshot, KeyDistribution, Point};
 use self::latency::Load;
-use self::place::{Outbox, Place, Statements};
-use self::report::{Report, Setting};
+use self::report::{BenchReport, Setting};
+use self::testbed::{Outbox, Statements, Testbed};
 use self::writers::{DaemonState, Trigger, Writers};
 use crate::lab::demo;
 use crate::nats::streams::Batches;
@@ -43,7 +43,7 @@ pub struct BenchOptions {
     /// The configuration whose servers are used; `None` for private ones.
     pub here: Option<PathBuf>,
     /// The parts to run; all if empty.
-    pub only: Vec<Part>,
+    pub only: Vec<BenchPart>,
     /// Seconds instead of an hour: the figures are rough.
     pub quick: bool,
     /// 5 million pending as well.
@@ -62,7 +62,7 @@ pub struct BenchOptions {
 
 /// A part of the bench.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Part {
+pub enum BenchPart {
     /// Each server alone.
     Limits,
     /// Draining, by batch, workers and keys.
@@ -79,10 +79,17 @@ pub enum Part {
     Instances,
 }
 
-impl Part {
+impl BenchPart {
     /// All of them, in the order in which they run.
-    pub const ALL: [Part; 7] =
-        [Part::Limits, Part::Drain, Part::Latency, Part::Cost, Part::Growth, Part::Writers, Part::Instances];
+    pub const ALL: [BenchPart; 7] = [
+        BenchPart::Limits,
+        BenchPart::Drain,
+        BenchPart::Latency,
+        BenchPart::Cost,
+        BenchPart::Growth,
+        BenchPart::Writers,
+        BenchPart::Instances,
+    ];
 }
 
 /// How much of everything.
@@ -136,7 +143,7 @@ impl Scale {
 /// A bench under way.
 struct Bench {
     scale: Scale,
-    place: Place,
+    testbed: Testbed,
     book: Book,
     best_batch: usize,
     curves: Vec<(String, Vec<Point>)>,
@@ -152,16 +159,16 @@ struct Bench {
 /// doubled an event, Ctrl-C.
 pub fn run(options: &BenchOptions) -> Result<()> {
     let stop = demo::stop_flag()?;
-    let place = match &options.here {
-        Some(config) => Place::here(config)?,
-        None => Place::sandbox()?,
+    let testbed = match &options.here {
+        Some(config) => Testbed::here(config)?,
+        None => Testbed::sandbox()?,
     };
     let scale = Scale::of(options);
     let best_batch = scale.batches[0];
     let (book, curves, omitted) = (Book::default(), Vec::new(), Vec::new());
     let progress = ProgressBar::no_length();
     progress.set_style(ProgressStyle::with_template("{elapsed_precise} {msg} {wide_bar} {human_pos}")?);
-    let mut bench = Bench { scale, place, book, best_batch, curves, omitted, progress, stop };
+    let mut bench = Bench { scale, testbed, book, best_batch, curves, omitted, progress, stop };
     bench.measure(options)?;
     bench.progress.finish_and_clear();
     let report = bench.report(options)?;
@@ -178,27 +185,27 @@ pub fn run(options: &BenchOptions) -> Result<()> {
 
 impl Bench {
     fn measure(&mut self, options: &BenchOptions) -> Result<()> {
-        let wanted = |part: Part| options.only.is_empty() || options.only.contains(&part);
-        let outbox = self.place.outbox("a")?;
+        let wanted = |part: BenchPart| options.only.is_empty() || options.only.contains(&part);
+        let outbox = self.testbed.outbox("a")?;
         self.find_best_batch(&outbox)?;
         // What has one measure in common goes in one round.
-        if wanted(Part::Limits) || wanted(Part::Drain) {
+        if wanted(BenchPart::Limits) || wanted(BenchPart::Drain) {
             for round in 1..=self.scale.rounds {
                 self.say(round, "limits");
                 limits::run(self, &outbox)?;
-                if wanted(Part::Drain) {
+                if wanted(BenchPart::Drain) {
                     self.drains(&outbox, round)?;
                 }
             }
         }
-        for part in Part::ALL.into_iter().filter(|part| wanted(*part)) {
+        for part in BenchPart::ALL.into_iter().filter(|part| wanted(*part)) {
             match part {
-                Part::Limits | Part::Drain => {}
-                Part::Latency => self.latency(&outbox)?,
-                Part::Cost => self.cost(&outbox)?,
-                Part::Growth => self.growth(&outbox, options.long)?,
-                Part::Writers => self.writers(&outbox)?,
-                Part::Instances => self.instances(&outbox)?,
+                BenchPart::Limits | BenchPart::Drain => {}
+                BenchPart::Latency => self.latency(&outbox)?,
+                BenchPart::Cost => self.cost(&outbox)?,
+                BenchPart::Growth => self.growth(&outbox, options.long)?,
+                BenchPart::Writers => self.writers(&outbox)?,
+                BenchPart::Instances => self.instances(&outbox)?,
             }
         }
         Ok(())
@@ -219,12 +226,12 @@ impl Bench {
         Drain {
             name,
             pending: self.scale.events,
-            keys: Keys::Many(self.scale.keys),
+            keys: KeyDistribution::Many(self.scale.keys),
             workers: self.scale.workers,
             batch: self.best_batch,
             instances: 1,
             batches: Batches::None,
-            held: Held::Nothing,
+            held: HeldSnapshot::None,
             statements: Statements::Uncounted,
         }
     }
@@ -256,7 +263,7 @@ impl Bench {
     }
 
     fn drains(&mut self, outbox: &Outbox, round: usize) -> Result<()> {
-        let one_key = Keys::One;
+        let one_key = KeyDistribution::One;
         self.drain(outbox, round, self.usual("drain.best"))?;
         self.drain(outbox, round, Drain { batch: 100, ..self.usual("drain.100") })?;
         if self.takes_batches() {
@@ -266,14 +273,14 @@ impl Bench {
         }
         let few = (self.scale.events / 5).max(1);
         self.drain(outbox, round, Drain { keys: one_key, pending: few, ..self.usual("drain.one_key") })?;
-        self.drain(outbox, round, Drain { keys: Keys::Each, ..self.usual("drain.key_each") })?;
+        self.drain(outbox, round, Drain { keys: KeyDistribution::Each, ..self.usual("drain.key_each") })?;
         self.drain(outbox, round, Drain { workers: 1, ..self.usual("drain.best.1") })?;
         self.drain(outbox, round, Drain { workers: 1, batch: 100, ..self.usual("drain.100.1") })?;
         Ok(())
     }
 
     fn takes_batches(&mut self) -> bool {
-        let version = self.place.streams().version();
+        let version = self.testbed.streams().version();
         let takes = takes_batches(&version);
         let why = format!(
             "atomic batches: this is nats-server {version}, and 2.12 was the first to have them \
@@ -305,11 +312,11 @@ impl Bench {
     }
 
     fn cost(&mut self, outbox: &Outbox) -> Result<()> {
-        if !self.place.counts_statements() {
+        if !self.testbed.counts_statements() {
             self.omitted.push("statements: pg_stat_statements is not at hand".into());
         }
         for round in 1..=self.scale.rounds {
-            if self.place.counts_statements() {
+            if self.testbed.counts_statements() {
                 let statements = Statements::Counted;
                 self.drain(outbox, round, Drain { statements, ..self.usual("cost.best") })?;
                 self.drain(outbox, round, Drain { statements, batch: 100, ..self.usual("cost.100") })?;
@@ -330,9 +337,9 @@ impl Bench {
             filled.session()?.run("VACUUM outboxes")?;
             Drain { pending: hundred, ..self.usual("growth.published") }.run(self, &filled)?;
             for (name, label, held) in [
-                ("growth.1m", "no old snapshot", Held::Nothing),
-                ("growth.snapshot_reads", "old snapshot, read-only", Held::ReadOnly),
-                ("growth.snapshot_writes", "old snapshot, has written", Held::Written),
+                ("growth.1m", "no old snapshot", HeldSnapshot::None),
+                ("growth.snapshot_reads", "old snapshot, read-only", HeldSnapshot::ReadOnly),
+                ("growth.snapshot_writes", "old snapshot, has written", HeldSnapshot::Written),
             ] {
                 let curve =
                     self.drain(outbox, round, Drain { pending: million, held, ..self.usual(name) })?;
@@ -351,7 +358,7 @@ impl Bench {
     /// An outbox with published events over the last 13 months.
     fn fill_published(&mut self) -> Result<Outbox> {
         self.say(1, "published events");
-        let outbox = self.place.outbox("published")?;
+        let outbox = self.testbed.outbox("published")?;
         let mut session = outbox.session()?;
         let months = 13;
         for ago in 0..months {
@@ -359,7 +366,7 @@ impl Bench {
                 "SELECT create_monthly_partition('outboxes', (date_trunc('month', now()) - interval '{ago} months')::date)"
             ))?;
         }
-        let events = drain::insert_sql(Keys::Many(self.scale.keys))
+        let events = drain::insert_sql(KeyDistribution::Many(self.scale.keys))
             .replace("(topic, metadata, payload)", "(topic, metadata, payload, created_at, published_at, attempts)")
             .replace(
                 "FROM generate_series",
@@ -396,12 +403,12 @@ impl Bench {
         Ok(())
     }
 
-    fn report(self, options: &BenchOptions) -> Result<Report> {
-        let mut session = self.place.session()?;
+    fn report(self, options: &BenchOptions) -> Result<BenchReport> {
+        let mut session = self.testbed.session()?;
         let setting = Setting {
             machine: process::machine()?,
             postgres: session.text("SELECT split_part(current_setting('server_version'), ' ', 1)")?,
-            nats: self.place.streams().version(),
+            nats: self.testbed.streams().version(),
             servers: if options.here.is_none() { "both on this machine" } else { "the configured servers" },
             events: self.scale.events,
             workers: self.scale.workers,
@@ -416,7 +423,7 @@ impl Bench {
                 ("{published}", self.scale.published),
             ],
         };
-        Ok(Report { setting, book: self.book, curves: self.curves, omitted: self.omitted })
+        Ok(BenchReport { setting, book: self.book, curves: self.curves, omitted: self.omitted })
     }
 }
 

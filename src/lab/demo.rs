@@ -78,9 +78,9 @@ pub fn run(options: DemoOptions) -> Result<bool> {
     let mut account = Account::default();
     let writers = deliver(options.events, &stop, &postgres, &nats, &mut daemon, &mut account)?;
     let unpublished = sql(&postgres, "SELECT count(*) FROM outboxes WHERE published_at IS NULL")?;
-    let verdict = account.judge(&writers);
-    print!("\n{}", verdict.summary(&writers));
-    let mut failures = verdict.failures();
+    let report = account.judge(&writers);
+    print!("\n{}", report.summary(&writers));
+    let mut failures = report.failures();
     if unpublished.trim() != "0" {
         failures.push(format!("{} events are not marked as published", unpublished.trim()));
     }
@@ -117,14 +117,14 @@ fn deliver(
     nats: &NatsServer,
     daemon: &mut Daemon,
     account: &mut Account,
-) -> Result<Written> {
+) -> Result<WriteTotals> {
     let mut reader = StreamReader::open(&nats.url(), &NatsAuth::None, STREAM)?;
     say(&format!("{WRITERS} writers commit {} events", thousands(events)));
     let committed = Arc::new(AtomicU64::new(0));
-    let writers: Vec<JoinHandle<Result<Written>>> = (0..WRITERS)
+    let writers: Vec<JoinHandle<Result<WriteTotals>>> = (0..WRITERS)
         .map(|number| {
             let share = events / WRITERS as u64 + u64::from((number as u64) < events % WRITERS as u64);
-            Writer { number, events: share, committed: committed.clone(), stop: stop.clone() }
+            OrderWriter { number, events: share, committed: committed.clone(), stop: stop.clone() }
                 .spawn(postgres.psql(DATABASE))
         })
         .collect::<Result<_>>()?;
@@ -151,7 +151,7 @@ fn deliver(
     progress.end(committed.load(Ordering::Relaxed), account.delivered);
     let stalled = account.delivered < events && !writers.iter().all(JoinHandle::is_finished);
     ensure!(!stalled, "the writers stall: {}", postgres.log_tail());
-    let mut written = Written::default();
+    let mut written = WriteTotals::default();
     for writer in writers {
         // A panic there has printed its message already.
         written.add(writer.join().map_err(|_| anyhow::anyhow!("a writer panicked"))??);
@@ -208,7 +208,7 @@ fn sql(postgres: &PostgresServer, statement: &str) -> Result<String> {
 }
 
 /// One writer: a thread that feeds a `psql`, and one that reads what it answers.
-struct Writer {
+struct OrderWriter {
     number: usize,
     /// Events to commit.
     events: u64,
@@ -219,7 +219,7 @@ struct Writer {
 
 /// What writers did.
 #[derive(Debug, Default)]
-struct Written {
+struct WriteTotals {
     /// By customer: how many events were committed, numbered from 1.
     events: Vec<(String, u64)>,
     transactions: u64,
@@ -227,8 +227,8 @@ struct Written {
     rolled_back: u64,
 }
 
-impl Written {
-    fn add(&mut self, other: Written) {
+impl WriteTotals {
+    fn add(&mut self, other: WriteTotals) {
         self.events.extend(other.events);
         self.transactions += other.transactions;
         self.rolled_back += other.rolled_back;
@@ -239,8 +239,8 @@ impl Written {
     }
 }
 
-impl Writer {
-    fn spawn(self, mut psql: Command) -> Result<JoinHandle<Result<Written>>> {
+impl OrderWriter {
+    fn spawn(self, mut psql: Command) -> Result<JoinHandle<Result<WriteTotals>>> {
         psql.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         let mut psql = psql.spawn().context("run psql")?;
         let answers = psql.stdout.take().context("psql has no stdout")?;
@@ -251,7 +251,7 @@ impl Writer {
     }
 
     /// Feeds psql to the end, waits for it, and compares what it answered with what was asked.
-    fn run(self, mut psql: Child, counter: JoinHandle<Result<u64>>) -> Result<Written> {
+    fn run(self, mut psql: Child, counter: JoinHandle<Result<u64>>) -> Result<WriteTotals> {
         let mut stdin = psql.stdin.take().context("psql has no stdin")?;
         // An error here is psql's end; why, it says itself.
         let written = self.feed(&mut stdin);
@@ -273,10 +273,10 @@ impl Writer {
         Ok(written)
     }
 
-    fn feed(&self, psql: &mut impl Write) -> std::io::Result<Written> {
-        let mut written = Written {
+    fn feed(&self, psql: &mut impl Write) -> std::io::Result<WriteTotals> {
+        let mut written = WriteTotals {
             events: (0..CUSTOMERS).map(|n| (format!("customer-{}", n * WRITERS + self.number), 0)).collect(),
-            ..Written::default()
+            ..WriteTotals::default()
         };
         let mut left = self.events;
         while left > 0 && !self.stop.load(Ordering::Relaxed) {
@@ -393,7 +393,7 @@ impl Account {
     }
 
     /// Compares with what the writers committed.
-    fn judge(mut self, written: &Written) -> Verdict {
+    fn judge(mut self, written: &WriteTotals) -> DeliveryReport {
         let expected: u64 = written.committed();
         let found = written
             .events
@@ -404,7 +404,7 @@ impl Account {
             .sum::<u64>();
         self.latencies_us.sort_unstable();
         let flow_us = self.last_stored_us - self.first_insert_us.unwrap_or(self.last_stored_us);
-        Verdict {
+        DeliveryReport {
             delivered: self.delivered,
             lost: expected - found,
             duplicates: self.duplicates,
@@ -424,9 +424,9 @@ pub(super) fn percentile(sorted: &[i64], percent: usize) -> i64 {
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0)
 }
 
-/// The summary.
+/// What became of the events, which the summary shows.
 #[derive(Debug, PartialEq)]
-struct Verdict {
+struct DeliveryReport {
     delivered: u64,
     lost: u64,
     duplicates: u64,
@@ -437,7 +437,7 @@ struct Verdict {
     p99_us: i64,
 }
 
-impl Verdict {
+impl DeliveryReport {
     fn failures(&self) -> Vec<String> {
         let faults = [
             (self.lost, "lost"),
@@ -449,7 +449,7 @@ impl Verdict {
         found.map(|(count, fault)| format!("{} {fault}", thousands(*count))).collect()
     }
 
-    fn summary(&self, written: &Written) -> String {
+    fn summary(&self, written: &WriteTotals) -> String {
         let milliseconds = |us: i64| format!("{:.1} ms", us as f64 / 1e3);
         let rows = [
             ("committed", thousands(written.committed())),
@@ -540,8 +540,8 @@ pub(super) fn thousands(number: u64) -> String {
 mod tests {
     use super::*;
 
-    fn written() -> Written {
-        Written { events: vec![("a".into(), 3), ("b".into(), 1)], transactions: 3, rolled_back: 1 }
+    fn written() -> WriteTotals {
+        WriteTotals { events: vec![("a".into(), 3), ("b".into(), 1)], transactions: 3, rolled_back: 1 }
     }
 
     /// Judges events given as customer, number and rolled back, inserted at 1 s and stored at 2 s.
@@ -551,10 +551,10 @@ mod tests {
             let payload = Payload { customer: customer.into(), n, rolled_back, at_us: 1_000_000 };
             account.arrived(payload, 2_000_000);
         }
-        let verdict = account.judge(&written());
-        let faults = [verdict.lost, verdict.duplicates, verdict.out_of_order, verdict.uncommitted];
-        assert_eq!(verdict.failures().len(), faults.iter().filter(|count| **count > 0).count());
-        [verdict.delivered, faults[0], faults[1], faults[2], faults[3]]
+        let report = account.judge(&written());
+        let faults = [report.lost, report.duplicates, report.out_of_order, report.uncommitted];
+        assert_eq!(report.failures().len(), faults.iter().filter(|count| **count > 0).count());
+        [report.delivered, faults[0], faults[1], faults[2], faults[3]]
     }
 
     #[test]
@@ -580,8 +580,8 @@ mod tests {
         for (n, at_us, stored_us) in [(1, 1_000_000, 1_500_000), (2, 2_000_000, 3_000_000)] {
             account.arrived(Payload { customer: "a".into(), n, rolled_back: false, at_us }, stored_us);
         }
-        let verdict = account.judge(&Written { events: vec![("a".into(), 2)], ..Written::default() });
-        assert_eq!((verdict.per_second, verdict.p50_us, verdict.p99_us), (1.0, 500_000, 1_000_000));
+        let report = account.judge(&WriteTotals { events: vec![("a".into(), 2)], ..WriteTotals::default() });
+        assert_eq!((report.per_second, report.p50_us, report.p99_us), (1.0, 500_000, 1_000_000));
     }
 
     #[test]

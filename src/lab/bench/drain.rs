@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::place::{DaemonOptions, Outbox, Statements};
+use super::testbed::{DaemonOptions, Outbox, Statements};
 use super::{Bench, process};
 use crate::lab::daemon::Daemon;
 use crate::nats::streams::Batches;
@@ -28,7 +28,7 @@ const CURVE_POINTS: u64 = 100;
 
 /// Which keys the events have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Keys {
+pub(super) enum KeyDistribution {
     /// So many, by turns.
     Many(u64),
     /// One.
@@ -37,22 +37,22 @@ pub(super) enum Keys {
     Each,
 }
 
-impl Keys {
+impl KeyDistribution {
     /// The key of event `n`, as SQL.
     fn sql(self) -> String {
         match self {
-            Keys::Many(keys) => format!("'key-' || n % {keys}"),
-            Keys::One => "'key'".into(),
-            Keys::Each => "'key-' || n".into(),
+            KeyDistribution::Many(keys) => format!("'key-' || n % {keys}"),
+            KeyDistribution::One => "'key'".into(),
+            KeyDistribution::Each => "'key-' || n".into(),
         }
     }
 }
 
 /// What some other session does all the while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Held {
+pub(super) enum HeldSnapshot {
     /// Nothing.
-    Nothing,
+    None,
     /// It keeps a snapshot from before the events were loaded, and only reads.
     ReadOnly,
     /// The same, and it has written to a table elsewhere.
@@ -67,7 +67,7 @@ pub(super) struct Drain {
     /// Events loaded.
     pub(super) pending: u64,
     /// Their keys.
-    pub(super) keys: Keys,
+    pub(super) keys: KeyDistribution,
     /// Of each instance.
     pub(super) workers: usize,
     /// Of each claim.
@@ -77,7 +77,7 @@ pub(super) struct Drain {
     /// Of the stream.
     pub(super) batches: Batches,
     /// What another session does.
-    pub(super) held: Held,
+    pub(super) held: HeldSnapshot,
     /// Whether statements are counted, which then is the only figure.
     pub(super) statements: Statements,
 }
@@ -87,7 +87,7 @@ pub(super) type Point = (f64, f64);
 
 /// A SELECT of `number`, topic, metadata and payload of the events `first` to `last`, which are SQL: of about 450 bytes of
 /// payload and metadata each.
-fn events_sql(keys: Keys, number: &str, first: &str, last: &str) -> String {
+fn events_sql(keys: KeyDistribution, number: &str, first: &str, last: &str) -> String {
     format!(
         "SELECT {number} 'order.placed' AS topic,
                 jsonb_build_object('ordering-key', {}, 'content-type', 'application/json',
@@ -102,7 +102,7 @@ fn events_sql(keys: Keys, number: &str, first: &str, last: &str) -> String {
 }
 
 /// An INSERT of events `$1` to `$2`.
-pub(super) fn insert_sql(keys: Keys) -> String {
+pub(super) fn insert_sql(keys: KeyDistribution) -> String {
     format!("INSERT INTO outboxes (topic, metadata, payload) {}", events_sql(keys, "", "$1", "$2"))
 }
 
@@ -112,7 +112,7 @@ pub(super) const INSERT_PREPARED: &str = "INSERT INTO outboxes (topic, metadata,
 
 /// Makes events 1 to `count`, and lays them aside. Applications make theirs elsewhere; here that would take as much of
 /// the processors as to insert them does.
-pub(super) fn prepare(session: &mut Plain, keys: Keys, count: i64) -> Result<()> {
+pub(super) fn prepare(session: &mut Plain, keys: KeyDistribution, count: i64) -> Result<()> {
     let events = events_sql(keys, "n,", "1", &count.to_string());
     for sql in [
         "DROP TABLE IF EXISTS prepared_events",
@@ -171,7 +171,7 @@ impl Drain {
         let mut session = outbox.session()?;
         let _held = self.hold(outbox)?;
         load(&bench.stop, outbox, &insert_sql(self.keys), self.pending)?;
-        bench.place.fresh_stream(self.batches)?;
+        bench.testbed.fresh_stream(self.batches)?;
         let wal = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint";
         let counted = self.statements == Statements::Counted;
         if counted {
@@ -181,7 +181,7 @@ impl Drain {
         let mut daemons = (0..self.instances)
             .map(|number| {
                 let Drain { workers, batch, statements, .. } = *self;
-                bench.place.start_daemon(outbox, DaemonOptions { workers, batch, number, statements })
+                bench.testbed.start_daemon(outbox, DaemonOptions { workers, batch, number, statements })
             })
             .collect::<Result<Vec<_>>>()?;
         let curve = self.follow(bench, &mut daemons)?;
@@ -221,15 +221,15 @@ impl Drain {
 
     /// A session that does what is to be done all the while.
     fn hold(&self, outbox: &Outbox) -> Result<Option<Plain>> {
-        if self.held == Held::Nothing {
+        if self.held == HeldSnapshot::None {
             return Ok(None);
         }
         let mut session = outbox.session()?;
-        if self.held == Held::Written {
+        if self.held == HeldSnapshot::Written {
             session.run("CREATE TABLE IF NOT EXISTS elsewhere (n int)")?;
         }
         session.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")?;
-        if self.held == Held::Written {
+        if self.held == HeldSnapshot::Written {
             session.run("INSERT INTO elsewhere VALUES (1)")?;
         }
         Ok(Some(session))
@@ -256,7 +256,7 @@ impl Drain {
             ensure!(news.elapsed() < STALL_LIMIT, "no progress for {STALL_LIMIT:?}: {published} published");
             sleep(LOOK);
         }
-        let first = bench.place.streams().first_stored(bench.place.stream()?)?;
+        let first = bench.testbed.streams().first_stored(bench.testbed.stream()?)?;
         let since = |at: SystemTime| at.duration_since(first).map_or(0.0, |since| since.as_secs_f64());
         Ok(seen.into_iter().map(|(at, published)| (since(at), published as f64)).collect())
     }
@@ -270,7 +270,7 @@ impl Drain {
         let left = session.number(
             "SELECT count(*) FROM outboxes WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NULL",
         )?;
-        let stored = bench.place.streams().messages(bench.place.stream()?)?;
+        let stored = bench.testbed.streams().messages(bench.testbed.stream()?)?;
         ensure!(
             left == 0 && stored == self.pending,
             "{}: of {} events {left} are pending, and the stream has {stored}",
@@ -295,7 +295,7 @@ struct Used {
 
 impl Used {
     fn by_servers(bench: &Bench) -> Result<Option<Used>> {
-        let Some((postgres, nats)) = bench.place.pids() else { return Ok(None) };
+        let Some((postgres, nats)) = bench.testbed.pids() else { return Ok(None) };
         Ok(Some(Used { postgres: process::tree_cpu_s(postgres)?, nats: process::cpu_s(nats)? }))
     }
 }

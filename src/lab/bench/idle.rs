@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::place::{DaemonOptions, Outbox, Statements};
+use super::testbed::{DaemonOptions, Outbox, Statements};
 use super::{Bench, drain, process};
 use crate::nats::streams::Batches;
 
@@ -16,16 +16,16 @@ const SETTLE_DOWN: Duration = Duration::from_secs(4);
 pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
     let mut session = outbox.session()?;
     drain::empty(&mut session)?;
-    bench.place.fresh_stream(Batches::None)?;
+    bench.testbed.fresh_stream(Batches::None)?;
     let options = DaemonOptions {
         workers: bench.scale.workers,
         batch: bench.best_batch,
         number: 0,
         statements: Statements::Counted,
     };
-    let daemon = bench.place.start_daemon(outbox, options)?;
+    let daemon = bench.testbed.start_daemon(outbox, options)?;
     sleep(SETTLE_DOWN.min(2 * bench.scale.idle));
-    let counts = bench.place.counts_statements();
+    let counts = bench.testbed.counts_statements();
     if counts {
         session.run("SELECT public.pg_stat_statements_reset()")?;
     }

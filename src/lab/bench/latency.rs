@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use super::Bench;
-use super::drain::{INSERT_PREPARED, Keys, empty, prepare};
-use super::place::{DaemonOptions, Outbox, Statements};
+use super::drain::{INSERT_PREPARED, KeyDistribution, empty, prepare};
+use super::testbed::{DaemonOptions, Outbox, Statements};
 use crate::lab::daemon::Daemon;
 use crate::nats::reader::StreamReader;
 use crate::nats::streams::Batches;
@@ -44,16 +44,16 @@ impl Load {
     /// Writes events at this rate and notes when they were stored.
     pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox) -> Result<()> {
         let mut session = outbox.session()?;
-        prepare(&mut session, Keys::Many(1_000), self.transactions() * self.events)?;
+        prepare(&mut session, KeyDistribution::Many(1_000), self.transactions() * self.events)?;
         empty(&mut session)?;
-        bench.place.fresh_stream(Batches::None)?;
+        bench.testbed.fresh_stream(Batches::None)?;
         let options = DaemonOptions {
             workers: bench.scale.workers,
             batch: bench.best_batch,
             number: 0,
             statements: Statements::Uncounted,
         };
-        let mut daemon = bench.place.start_daemon(outbox, options)?;
+        let mut daemon = bench.testbed.start_daemon(outbox, options)?;
         sleep(SETTLE_DOWN.min(self.lasts));
         let began = Instant::now();
         let committed_ns = self.write(outbox)?;
@@ -132,8 +132,8 @@ impl Load {
     }
 
     fn read_back(&self, bench: &Bench, committed_ns: &[i64]) -> Result<Vec<f64>> {
-        let (url, auth) = bench.place.nats();
-        let mut reader = StreamReader::open(url, auth, bench.place.stream()?)?;
+        let (url, auth) = bench.testbed.nats();
+        let mut reader = StreamReader::open(url, auth, bench.testbed.stream()?)?;
         let mut latencies_ms = Vec::with_capacity(committed_ns.len());
         while latencies_ms.len() < committed_ns.len() {
             let message = reader.next(ARRIVAL_LIMIT)?.context("the stream ends before its last event")?;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::drain::{Keys, insert_sql, load};
-use super::place::Outbox;
+use super::drain::{KeyDistribution, insert_sql, load};
+use super::testbed::Outbox;
 use super::{Bench, drain};
 use crate::config::{Database, PreparedStatements};
 use crate::event::headers::HeaderPolicy;
@@ -30,7 +30,7 @@ pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
     let scale = &bench.scale;
     let (events, keys, workers, batch) = (scale.events, scale.keys, scale.workers, bench.best_batch);
     drain::empty(&mut outbox.session()?)?;
-    load(&bench.stop, outbox, &insert_sql(Keys::Many(keys)), events)?;
+    load(&bench.stop, outbox, &insert_sql(KeyDistribution::Many(keys)), events)?;
     let (took, events) = database_alone(outbox, workers, batch)?;
     ensure!(events.len() as u64 == bench.scale.events, "claims found {} events", events.len());
     bench.book.note("database.alone", events.len() as f64 / took.as_secs_f64());
@@ -38,7 +38,7 @@ pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
         [("publish.alone", WINDOW, events.len()), ("publish.one", 1, ONE_AT_A_TIME.min(events.len()))]
     {
         bench.go_on()?;
-        bench.place.fresh_stream(Batches::None)?;
+        bench.testbed.fresh_stream(Batches::None)?;
         let took = publish_alone(bench, &events[..count], window)?;
         bench.book.note(name, count as f64 / took.as_secs_f64());
     }
@@ -48,20 +48,20 @@ pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
 fn publish_alone(bench: &Bench, events: &[Event], window: usize) -> Result<Duration> {
     let policy = HeaderPolicy {
         instance: "bench-0".into(),
-        stream: Some(bench.place.stream()?.to_owned()),
+        stream: Some(bench.testbed.stream()?.to_owned()),
         allow: Vec::new(),
         replay: None,
     };
     let made: Vec<(String, String)> = events
         .iter()
-        .map(|event| (format!("{}.{}", bench.place.prefix(), event.topic), policy.build(event).block))
+        .map(|event| (format!("{}.{}", bench.testbed.prefix(), event.topic), policy.build(event).block))
         .collect();
     let messages: Vec<Message> = events
         .iter()
         .zip(&made)
         .map(|(event, (subject, headers))| Message { subject, headers, payload: event.payload.as_bytes() })
         .collect();
-    let (url, auth) = bench.place.nats();
+    let (url, auth) = bench.testbed.nats();
     Raw::connect(url, auth)?.publish_all(&messages, window)
 }
 

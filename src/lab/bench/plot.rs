@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 use super::book::Spread;
 use super::drain::Point;
-use super::report::Report;
+use super::report::BenchReport;
 
 const SIZE: (u32, u32) = (1_000, 420);
 /// What is drawn to the right of these counts of pending events.
@@ -18,11 +18,11 @@ const INKS: [RGBColor; 4] =
     [RGBColor(0, 90, 180), RGBColor(214, 96, 0), RGBColor(0, 140, 90), RGBColor(120, 120, 120)];
 
 /// Writes both as SVG.
-pub(super) fn write(report: &Report, path: &Path) -> Result<()> {
+pub(super) fn write(report: &BenchReport, path: &Path) -> Result<()> {
     draw(report, path).map_err(|error| anyhow!("{error}")).with_context(|| format!("draw {}", path.display()))
 }
 
-fn draw(report: &Report, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(report: &BenchReport, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let (left, right) = area.split_horizontally(SIZE.0 / 2);

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 /// Processor seconds that a process has used.
 pub(super) fn cpu_s(pid: u32) -> Result<f64> {
-    Ok(Times::read(pid)?.own / ticks())
+    Ok(CpuTimes::read(pid)?.own / ticks())
 }
 
 /// Processor seconds that a process and its children have used, those children included that have ended: for a
@@ -17,10 +17,10 @@ pub(super) fn tree_cpu_s(pid: u32) -> Result<f64> {
     let children = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     let living: f64 = children
         .split_whitespace()
-        .filter_map(|child| Times::read(child.parse().ok()?).ok())
+        .filter_map(|child| CpuTimes::read(child.parse().ok()?).ok())
         .map(|times| times.own)
         .sum();
-    let parent = Times::read(pid)?;
+    let parent = CpuTimes::read(pid)?;
     Ok((parent.own + parent.ended_children + living) / ticks())
 }
 
@@ -59,23 +59,23 @@ pub(super) fn machine() -> Result<String> {
 }
 
 /// Clock ticks.
-struct Times {
+struct CpuTimes {
     own: f64,
     ended_children: f64,
 }
 
-impl Times {
-    fn read(pid: u32) -> Result<Times> {
+impl CpuTimes {
+    fn read(pid: u32) -> Result<CpuTimes> {
         let path = format!("/proc/{pid}/stat");
         let stat = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-        Times::parse(&stat).with_context(|| format!("read {path}: {stat}"))
+        CpuTimes::parse(&stat).with_context(|| format!("read {path}: {stat}"))
     }
 
     /// The name in parentheses may hold anything; behind it the fields count from 3.
-    fn parse(stat: &str) -> Option<Times> {
+    fn parse(stat: &str) -> Option<CpuTimes> {
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
         let field = |number: usize| fields.get(number - 3)?.parse::<f64>().ok();
-        Some(Times { own: field(14)? + field(15)?, ended_children: field(16)? + field(17)? })
+        Some(CpuTimes { own: field(14)? + field(15)?, ended_children: field(16)? + field(17)? })
     }
 }
 
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn times_are_found_behind_any_name() {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 100 0 0 0 11 22 33 44 20 0 1 0 5 6 7";
-        let times = Times::parse(stat).unwrap();
+        let times = CpuTimes::parse(stat).unwrap();
         assert_eq!((times.own, times.ended_children), (33.0, 77.0));
     }
 

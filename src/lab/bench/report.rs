@@ -42,7 +42,7 @@ impl Setting {
 
 /// Everything that the bench found.
 #[derive(Debug)]
-pub(super) struct Report {
+pub(super) struct BenchReport {
     /// On what.
     pub(super) setting: Setting,
     /// The figures.
@@ -55,7 +55,7 @@ pub(super) struct Report {
 
 /// A goal beside what was measured.
 #[derive(Debug, Serialize)]
-struct Held {
+struct GoalResult {
     what: String,
     #[serde(flatten)]
     bound: Bound,
@@ -74,7 +74,7 @@ struct Measured<'a> {
     values: &'a [f64],
 }
 
-impl Report {
+impl BenchReport {
     /// As one JSON object.
     pub(super) fn json(&self) -> serde_json::Value {
         let curve =
@@ -112,15 +112,15 @@ impl Report {
         text += &grid(["figure", "median", "spread", "unit"], &figures);
         let goals: Vec<[String; 4]> = self
             .goals()
-            .map(|held| {
-                let goal = match held.bound {
+            .map(|result| {
+                let goal = match result.bound {
                     Bound::AtLeast(goal) => format!("at least {}", number(goal)),
                     Bound::AtMost(goal) => format!("at most {}", number(goal)),
                 };
-                let Spread { median, low, high } = held.spread;
+                let Spread { median, low, high } = result.spread;
                 let measured = format!("{} ({} to {})", number(median), number(low), number(high));
-                let verdict = if held.reached { "reached" } else { "missed" };
-                [held.what, goal, measured, verdict.to_owned()]
+                let verdict = if result.reached { "reached" } else { "missed" };
+                [result.what, goal, measured, verdict.to_owned()]
             })
             .collect();
         if !goals.is_empty() {
@@ -148,13 +148,13 @@ impl Report {
         })
     }
 
-    fn goals(&self) -> impl Iterator<Item = Held> {
+    fn goals(&self) -> impl Iterator<Item = GoalResult> {
         GOALS.iter().filter_map(|goal| {
             let spread = match goal.of {
                 Of::Figure(name) => self.book.spread(name),
                 Of::Ratio(above, below) => self.book.ratio(above, below),
             }?;
-            Some(Held {
+            Some(GoalResult {
                 what: self.setting.label(goal.what),
                 bound: goal.bound,
                 spread,
@@ -196,7 +196,7 @@ fn grid(head: [&str; 4], rows: &[[String; 4]]) -> String {
 mod tests {
     use super::*;
 
-    fn report() -> Report {
+    fn report() -> BenchReport {
         let mut book = Book::default();
         for (best, alone) in [(30_000.0, 60_000.0), (33_000.0, 60_000.0)] {
             book.note("drain.best", best);
@@ -214,7 +214,12 @@ mod tests {
             quick: true,
             sizes: [("{10k}", 1), ("{100k}", 2), ("{1m}", 3_000), ("{5m}", 4), ("{published}", 5)],
         };
-        Report { setting, book, curves: vec![("c".into(), vec![(0.5, 10.0)])], omitted: vec!["x: y".into()] }
+        BenchReport {
+            setting,
+            book,
+            curves: vec![("c".into(), vec![(0.5, 10.0)])],
+            omitted: vec!["x: y".into()],
+        }
     }
 
     #[test]

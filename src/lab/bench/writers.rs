@@ -12,8 +12,8 @@ use anyhow::{Result, bail, ensure};
 use rustix::process::Signal;
 
 use super::Bench;
-use super::drain::{Keys, empty, insert_sql};
-use super::place::{DaemonOptions, Outbox, Statements};
+use super::drain::{KeyDistribution, empty, insert_sql};
+use super::testbed::{DaemonOptions, Outbox, Statements};
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
 
@@ -58,7 +58,7 @@ impl Writers {
     pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox, lasts: Duration) -> Result<()> {
         let mut session = outbox.session()?;
         empty(&mut session)?;
-        bench.place.fresh_stream(Batches::None)?;
+        bench.testbed.fresh_stream(Batches::None)?;
         let word = if self.trigger == Trigger::Ours { "ENABLE" } else { "DISABLE" };
         session.run(&format!("ALTER TABLE outboxes {word} TRIGGER outboxes_notify"))?;
         let written = self.write(bench, outbox, &mut session, lasts);
@@ -74,7 +74,7 @@ impl Writers {
             number: 0,
             statements: Statements::Uncounted,
         };
-        let daemon = bench.place.start_daemon(outbox, options)?;
+        let daemon = bench.testbed.start_daemon(outbox, options)?;
         if self.daemon == DaemonState::Asleep {
             if self.trigger == Trigger::Ours {
                 await_sleep(bench, session)?;
@@ -103,7 +103,7 @@ fn await_sleep(bench: &Bench, session: &mut Plain) -> Result<()> {
 fn insert_all(outbox: &Outbox, lasts: Duration) -> Result<f64> {
     let mut sessions = Vec::new();
     for _ in 0..WRITERS {
-        sessions.push(outbox.session()?.into_insert(&insert_sql(Keys::Many(1_000)))?);
+        sessions.push(outbox.session()?.into_insert(&insert_sql(KeyDistribution::Many(1_000)))?);
     }
     let (next, stop) = (&AtomicI64::new(1), &AtomicBool::new(false));
     thread::scope(|scope| {

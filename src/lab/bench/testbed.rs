@@ -24,7 +24,7 @@ const SETTINGS: [&str; 4] =
 const COUNTING: [&str; 2] = ["shared_preload_libraries=pg_stat_statements", "pg_stat_statements.track=none"];
 
 /// The servers of the bench.
-pub(super) struct Place {
+pub(super) struct Testbed {
     /// Sets it apart from whatever else is on the servers: schemas, streams and subjects begin with it.
     name: String,
     dsn: String,
@@ -85,9 +85,9 @@ pub(super) enum Statements {
     Uncounted,
 }
 
-impl Place {
+impl Testbed {
     /// Starts private servers.
-    pub(super) fn sandbox() -> Result<Place> {
+    pub(super) fn sandbox() -> Result<Testbed> {
         let options = |counting: &[&str]| PostgresOptions {
             settings: SETTINGS.iter().chain(counting).map(|setting| (*setting).to_owned()).collect(),
             ..PostgresOptions::default()
@@ -102,30 +102,30 @@ impl Place {
         let dsn = postgres.dsn(DATABASE);
         let text = format!("database: {{ dsn: \"{dsn}\" }}\nnats: {{ url: \"{}\" }}\n", nats.url());
         let config = Config::parse(&text, "bench", |_| None)?;
-        let mut place = Place::over(config)?;
-        place.counts_statements = counts;
+        let mut testbed = Testbed::over(config)?;
+        testbed.counts_statements = counts;
         if counts {
             Plain::connect(&Secret::new(dsn), &DsnParts::default(), "bench")?
                 .run("CREATE EXTENSION pg_stat_statements SCHEMA public")?;
         }
-        place.servers = Some((postgres, nats));
-        Ok(place)
+        testbed.servers = Some((postgres, nats));
+        Ok(testbed)
     }
 
     /// Uses the servers of the configuration at `path`.
-    pub(super) fn here(path: &Path) -> Result<Place> {
+    pub(super) fn here(path: &Path) -> Result<Testbed> {
         let config = Config::load(path)?;
         let tls =
             config.nats.tls.is_given() || config.nats.servers.iter().any(|url| url.starts_with("tls://"));
         ensure!(!tls, "the bench speaks no TLS to NATS: give it a configuration with a plain nats.url");
-        Place::over(config)
+        Testbed::over(config)
     }
 
-    fn over(config: Config) -> Result<Place> {
+    fn over(config: Config) -> Result<Testbed> {
         let server = config.nats.servers.first().context("the configuration has no nats.url")?;
         let streams = Streams::connect(server, &config.nats.auth)?;
         let dsn = config.database.listen_dsn.as_ref().unwrap_or(&config.database.dsn).expose().to_owned();
-        Ok(Place {
+        Ok(Testbed {
             name: format!("outbox_bench_{:08x}", fastrand::u32(..)),
             dsn,
             config,
@@ -242,7 +242,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Testbed {
     fn drop(&mut self) {
         if self.servers.is_some() {
             return;
