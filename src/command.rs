@@ -9,5 +9,6 @@ pub mod migrate;
 pub mod partitions;
 pub mod replay;
 pub mod run;
+pub mod signals;
 pub mod status;
 pub mod terminal;

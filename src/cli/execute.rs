@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::CommandFactory;
 
 use super::{Cli, Command, format};
+use crate::command::signals::CUT_SHORT;
 use crate::command::terminal::harmless;
 use crate::command::{check, dead, generate, migrate, partitions, replay, run, status};
 use crate::config::{Config, ConfigError};
@@ -16,7 +17,6 @@ use crate::postgres::Adopting;
 
 const FAILED: u8 = 1;
 const BAD_CONFIG: u8 = 78;
-const CUT_SHORT: u8 = 130;
 
 /// Does what the command line asks for, and says what went wrong on stderr.
 pub fn run(cli: &Cli) -> ExitCode {

@@ -18,10 +18,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Serialize;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::dead::How;
 use super::partitions::Mode;
+use super::signals::stop_flag;
 use super::status::Format;
 use super::terminal::agreed;
 use crate::boottime::Boottime;
@@ -50,8 +50,6 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 const NAP: Duration = Duration::from_millis(100);
 /// Longest name.
 const NAME_MAX: usize = 40;
-/// Exit code of a program that a second signal has ended.
-const CUT_SHORT: i32 = 130;
 
 /// What to send again, and how.
 #[derive(Debug, Clone)]
@@ -97,7 +95,8 @@ struct Done {
 pub fn run(config: &Config, replay: &Replay, out: &mut impl Write) -> Result<bool> {
     let name = replay.name.clone().unwrap_or_else(name_of_now);
     check_name(&name)?;
-    let stop = stop_on_signals()?;
+    // The first signal lets the events that are in flight come home.
+    let stop = stop_flag()?;
     let store = Store::new(&config.database, "replay", ClaimSettings::default())?;
     let mut found =
         store.find_published(config.database.listen_dsn.as_ref(), &replay.selection, replay.after)?.context(
@@ -295,16 +294,6 @@ fn report(done: &Done, replay: &Replay, what: &str, out: &mut impl Write) -> Res
         writeln!(out, "to go on: the same command with {after}--name {name}")?;
     }
     Ok(())
-}
-
-/// The first signal lets the events that are in flight come home; the second one ends the process.
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, CUT_SHORT, stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
-    Ok(stop)
 }
 
 /// A name that no replay had before: the time in seconds, and something random.

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossbeam_channel::{Receiver, bounded, select, tick};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
+use super::signals;
 use crate::config::{Changes, Config};
 use crate::ops::health::Verdict;
 use crate::ops::logging;
@@ -19,8 +19,6 @@ use crate::ops::metrics::Totals;
 use crate::ops::systemd::Systemd;
 use crate::service::Service;
 
-/// Signals that may wait to be read.
-const SIGNALS_MAX: usize = 8;
 /// How often the status line is renewed when no watchdog asks for more.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -44,7 +42,7 @@ pub fn run(path: &Path) -> Result<Ended> {
     logging::init(&config.logging)?;
     std::panic::set_hook(Box::new(|panic| log::error!("panic: {panic}")));
     log::info!("starting: version={} config={}", env!("CARGO_PKG_VERSION"), path.display());
-    let signals = signals()?;
+    let signals = signals::channel()?;
     let mut service = Service::start(config)?;
     let systemd = Systemd::from_env();
     systemd.ready();
@@ -163,18 +161,6 @@ fn stop(service: Service, signals: &Receiver<i32>) -> Ended {
     };
     drop(drain);
     ended
-}
-
-/// SIGTERM, SIGINT and SIGHUP as a channel.
-fn signals() -> Result<Receiver<i32>> {
-    let mut source = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
-    let (send, signals) = bounded(SIGNALS_MAX);
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in source.forever() {
-            let _ = send.try_send(signal);
-        }
-    })?;
-    Ok(signals)
 }
 
 fn signal_name(signal: Option<i32>) -> &'static str {

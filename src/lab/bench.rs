@@ -31,7 +31,7 @@ use self::latency::Load;
 use self::report::{BenchReport, Setting};
 use self::testbed::{Outbox, Statements, Testbed};
 use self::writers::{DaemonState, Trigger, Writers};
-use crate::lab::demo;
+use crate::command::signals::stop_flag;
 use crate::nats::streams::Batches;
 
 /// A batch is about as fast as the fastest when it drains at this part of its rate: so much do runs of one batch differ.
@@ -158,7 +158,7 @@ struct Bench {
 /// A missing server (with the command that installs it), a server or a daemon that fails, a drain that lost or
 /// doubled an event, Ctrl-C.
 pub fn run(options: &BenchOptions) -> Result<()> {
-    let stop = demo::stop_flag()?;
+    let stop = stop_flag()?;
     let testbed = match &options.here {
         Some(config) => Testbed::here(config)?,
         None => Testbed::sandbox()?,

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
+use crate::command::signals::stop_flag;
 use crate::config::NatsAuth;
 use crate::lab::daemon::{Daemon, Program};
 use crate::lab::sandbox::{NatsOptions, NatsServer, PostgresOptions, PostgresServer};
@@ -62,6 +62,7 @@ pub struct DemoOptions {
 /// # Errors
 /// A missing server (with the command that installs it), a server or the daemon that ends early, Ctrl-C.
 pub fn run(options: DemoOptions) -> Result<bool> {
+    // A second Ctrl-C ends this at once; the guards still clean up behind it.
     let stop = stop_flag()?;
     say("starting a private PostgreSQL and a private nats-server");
     let postgres = PostgresServer::start(&PostgresOptions::default())?;
@@ -96,17 +97,6 @@ pub fn run(options: DemoOptions) -> Result<bool> {
         keep(&stop, &postgres, &nats, &mut daemon)?;
     }
     Ok(failures.is_empty())
-}
-
-/// Set by SIGINT or SIGTERM. The second one ends the process at once; the guards still clean up behind it.
-pub(super) fn stop_flag() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
-            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
-            .context("listen to signals")?;
-    }
-    Ok(stop)
 }
 
 /// Writes and reads until everything has arrived, and a moment longer; returns what the writers did.
