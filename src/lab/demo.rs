@@ -24,6 +24,7 @@ use serde::Deserialize;
 use crate::command::signals::stop_flag;
 use crate::config::NatsAuth;
 use crate::lab::daemon::{Daemon, Program};
+use crate::lab::numbers::{percentile, thousands};
 use crate::lab::sandbox::{NatsOptions, NatsServer, PostgresOptions, PostgresServer};
 use crate::nats::reader::{Stored, StreamReader};
 
@@ -402,16 +403,10 @@ impl Account {
             // What was never written at all counts with what was rolled back.
             uncommitted: self.rolled_back + (self.delivered - found),
             per_second: if flow_us > 0 { self.delivered as f64 * 1e6 / flow_us as f64 } else { 0.0 },
-            p50_us: percentile(&self.latencies_us, 50),
-            p99_us: percentile(&self.latencies_us, 99),
+            p50_us: percentile(&self.latencies_us, 50).unwrap_or(0),
+            p99_us: percentile(&self.latencies_us, 99).unwrap_or(0),
         }
     }
-}
-
-/// The value below or at which `percent` of the sorted values lie; 0 without values.
-pub(super) fn percentile(sorted: &[i64], percent: usize) -> i64 {
-    let rank = (sorted.len() * percent).div_ceil(100);
-    sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0)
 }
 
 /// What became of the events, which the summary shows.
@@ -513,19 +508,6 @@ fn say(line: &str) {
     println!("demo: {line}");
 }
 
-/// `1234567` as `1,234,567`.
-pub(super) fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -572,19 +554,6 @@ mod tests {
         }
         let report = account.judge(&WriteTotals { events: vec![("a".into(), 2)], ..WriteTotals::default() });
         assert_eq!((report.per_second, report.p50_us, report.p99_us), (1.0, 500_000, 1_000_000));
-    }
-
-    #[test]
-    fn percentiles_are_values_that_occurred() {
-        let values: Vec<i64> = (1..=200).collect();
-        assert_eq!((percentile(&values, 50), percentile(&values, 99), percentile(&[], 50)), (100, 198, 0));
-        assert_eq!(percentile(&[7], 99), 7);
-    }
-
-    #[test]
-    fn numbers_are_grouped() {
-        let grouped = [0, 999, 1_000, 12_345, 1_234_567].map(thousands);
-        assert_eq!(grouped, ["0", "999", "1,000", "12,345", "1,234,567"]);
     }
 
     #[test]

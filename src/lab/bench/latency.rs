@@ -16,6 +16,7 @@ use super::Bench;
 use super::drain::{INSERT_PREPARED, KeyDistribution, empty, prepare};
 use super::testbed::{DaemonOptions, Outbox, Statements};
 use crate::lab::daemon::Daemon;
+use crate::lab::numbers::percentile;
 use crate::nats::reader::StreamReader;
 use crate::nats::streams::Batches;
 use crate::postgres::Insert;
@@ -63,9 +64,9 @@ impl Load {
         latencies_ms.sort_by(f64::total_cmp);
         let mut note = |what: &str, value: f64| bench.book.note(&format!("{}.{what}", self.name), value);
         note("rate", committed_ns.len() as f64 / seconds);
-        note("p50", percentile(&latencies_ms, 0.5));
-        note("p99", percentile(&latencies_ms, 0.99));
-        note("max", percentile(&latencies_ms, 1.0));
+        note("p50", percentile(&latencies_ms, 50).unwrap_or(f64::NAN));
+        note("p99", percentile(&latencies_ms, 99).unwrap_or(f64::NAN));
+        note("max", percentile(&latencies_ms, 100).unwrap_or(f64::NAN));
         ensure!(daemon.drain()?, "the daemon did not stop in order: {}", daemon.log_tail());
         Ok(())
     }
@@ -164,23 +165,4 @@ fn await_published(bench: &Bench, daemon: &mut Daemon, events: usize) -> Result<
         sleep(Duration::from_millis(20));
     }
     Ok(())
-}
-
-/// The value below or at which this part of the sorted values lies.
-fn percentile(sorted: &[f64], part: f64) -> f64 {
-    let rank = (sorted.len() as f64 * part).ceil() as usize;
-    sorted.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles_are_values_that_occurred() {
-        let values: Vec<f64> = (1..=200).map(f64::from).collect();
-        let found = [0.5, 0.99, 1.0].map(|part| percentile(&values, part));
-        assert_eq!(found, [100.0, 198.0, 200.0]);
-        assert!(percentile(&[], 0.5).is_nan());
-    }
 }

@@ -101,5 +101,5 @@ fn draw_curves(area: &Area<'_>, curves: &[(String, Vec<Point>)]) -> Result<(), B
 }
 
 fn thousands(value: f64) -> String {
-    crate::lab::demo::thousands(value.round().abs() as u64)
+    crate::lab::numbers::thousands(value.round().abs() as u64)
 }

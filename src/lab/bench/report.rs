@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::book::{Book, Bound, FIGURES, GOALS, Of, Spread};
 use super::drain::Point;
-use crate::lab::demo::thousands;
+use crate::lab::numbers::thousands;
 
 /// What was measured on what.
 #[derive(Debug, Serialize)]
