@@ -1,10 +1,10 @@
 //! PostgreSQL: with the files below `postgres/`, the only ones that name `postgres` and `r2d2`.
 //!
-//! Here are the pool and what is asked of the outbox as a whole: horizon, outlook, backlog, schema. `claim.rs` makes
-//! and settles claims, `dead.rs` and `replay.rs` work for operators, `wake.rs` listens, `partitions.rs` keeps the
-//! partitions, `overview.rs` has what `status` shows, `adopt.rs` what adopting finds and does. Below them, `pool.rs` is
-//! what is on loan, `target.rs` and `dsn.rs` how it is reached, `sessions.rs` whether a pooler is between, `error.rs` why
-//! something was not done.
+//! Here are the pool and what is asked of the outbox as a whole: horizon, outlook, backlog, schema. `claim_open.rs`
+//! finds and locks lanes, `claim_read.rs` reads their events, `claim_settle.rs` settles them; `dead.rs` and `replay.rs`
+//! work for operators, `wake.rs` listens, `partitions.rs` keeps the partitions, `overview.rs` has what `status` shows,
+//! `adopt.rs` what adopting finds and does. Below them, `pool.rs` is what is on loan, `target.rs` and `dsn.rs` how it is
+//! reached, `sessions.rs` whether a pooler is between, `error.rs` why something was not done.
 //!
 //! Every method blocks its caller, on any thread; nothing here logs above debug, as callers report an outage once (but
 //! for a password that crosses the network in clear). A connection that has seen any error is closed, never pooled again.
@@ -23,7 +23,10 @@ macro_rules! query {
 
 mod adopt;
 mod adoption;
-mod claim;
+mod claim_lanes;
+mod claim_open;
+mod claim_read;
+mod claim_settle;
 mod dead;
 mod dsn;
 mod error;
@@ -33,8 +36,10 @@ mod partitions;
 mod plain;
 mod pool;
 mod replay;
+mod server_life;
 mod sessions;
 mod target;
+mod transaction;
 mod wake;
 
 use std::sync::Arc;
@@ -44,7 +49,7 @@ use std::time::Duration;
 use postgres::types::ToSql;
 use postgres::{Client, Row};
 
-use self::claim::begin_claim;
+use self::claim_open::begin_claim;
 use self::home::Home;
 use self::pool::{Connection, LogAtDebug, Manager, Query};
 use self::sessions::Preparing;
@@ -53,10 +58,10 @@ use crate::config::{Database, DsnParts, Secret};
 use crate::lane::marks::{Reading, Writer};
 
 pub use self::adopt::Adopting;
-pub use self::claim::{
-    Claim, ClaimLimits, ClaimSettings, Found, Fresh, Head, LaneEnd, Large, Locked, Opening, ServerLife,
-    Settled,
-};
+pub use self::claim_lanes::LaneEnd;
+pub use self::claim_open::{ClaimSettings, Found, Fresh, Head, Opening};
+pub use self::claim_read::{ClaimLimits, Large, Locked};
+pub use self::claim_settle::{Claim, Settled};
 pub use self::dead::{CHANGE_MAX, Change, Letter, Selection, Whole};
 pub use self::error::StoreError;
 pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Retry, Topic};
@@ -65,6 +70,7 @@ pub use self::partitions::{
 };
 pub use self::plain::{Insert, Plain};
 pub use self::replay::{Found as FoundPublished, FoundEvent};
+pub use self::server_life::ServerLife;
 pub use self::sessions::Sessions;
 pub use self::wake::{Asked, Listener, SleepLock};
 
@@ -491,6 +497,10 @@ fn schema_version(client: &mut Client, home: &Home) -> Result<i32, StoreError> {
 /// Whole milliseconds, rounded up; far beyond what PostgreSQL's settings take, capped at their maximum.
 fn milliseconds(duration: Duration) -> i64 {
     i64::from(i32::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX))
+}
+
+fn usize_of(n: i32) -> usize {
+    usize::try_from(n).unwrap_or(0)
 }
 
 #[cfg(test)]
