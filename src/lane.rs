@@ -1,7 +1,19 @@
-//! Lanes: what is known of the hash buckets of ordering keys that claims lock.
+//! Lanes: the hash buckets of ordering keys, which claims lock.
 //!
-//! Plain data and pure decisions about lanes: how many there are, and where a read of one may begin. No thread of its
-//! own; the claimer's uses it, and workers and the store name its types. It names nothing but the standard library, and
-//! never asks the database or the clock.
+//! It owns how many lanes there are, where a read of one may begin, and which writers may still add to it: plain data and
+//! pure decisions. It has no thread of its own: the claimer's uses it, and the worker threads and `postgres/` name its
+//! types. It names nothing but the standard library. It never asks the database or the clock, and never blocks.
 
 pub mod marks;
+
+/// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`. A power of two that a byte holds. The schema and
+/// `missing_lanes.sql` say the same number, and a test of `postgres.rs` that they do.
+pub const LANES: i32 = 64;
+
+/// A value for each lane.
+pub type ByLane<T> = [T; LANES as usize];
+
+/// The same value for each lane.
+pub const fn by_lane<T: Copy>(value: T) -> ByLane<T> {
+    [value; LANES as usize]
+}

@@ -55,6 +55,7 @@ use self::pool::{Connection, LogAtDebug, Manager, Query};
 use self::sessions::Preparing;
 use self::target::Target;
 use crate::config::{Database, DsnParts, Secret};
+use crate::lane::LANES;
 use crate::lane::marks::{Reading, Writer};
 
 pub use self::adopt::Adopting;
@@ -73,9 +74,6 @@ pub use self::replay::{Found as FoundPublished, FoundEvent};
 pub use self::server_life::ServerLife;
 pub use self::sessions::Sessions;
 pub use self::wake::{Asked, Listener, SleepLock};
-
-/// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`.
-pub const LANES: i32 = 64;
 
 /// Longest `application_name` PostgreSQL keeps, in bytes.
 const APPLICATION_NAME_MAX_BYTES: usize = 63;
@@ -515,6 +513,22 @@ mod tests {
         send::<Claim>();
         send::<Listener>();
         shared::<Store>();
+    }
+
+    #[test]
+    fn the_sql_has_as_many_lanes() {
+        let schema = include_str!("../schema/001_outbox.sql");
+        let last = LANES - 1;
+        assert!(schema.contains(&format!("CHECK (lane BETWEEN 0 AND {last})")));
+        assert!(
+            schema.contains(&format!(
+                "INSERT INTO outbox_lanes SELECT lane FROM generate_series(0, {last}) AS"
+            ))
+        );
+        // The lane of a key is the low bits of a byte.
+        assert!(schema.contains(&format!("OPERATOR(pg_catalog.&) {last}\n")));
+        assert!(LANES.count_ones() == 1 && LANES <= 256, "{last} masks whole lanes of a byte");
+        assert!(include_str!("postgres/missing_lanes.sql").contains(&format!("SELECT {LANES} - count(*)")));
     }
 
     #[test]

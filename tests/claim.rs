@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 
 use pg_outbox::config::{Database, DsnParts, PreparedStatements, Secret};
 use pg_outbox::event::{Event, Outcome};
-use pg_outbox::lane::marks;
+use pg_outbox::lane::{ByLane, LANES, by_lane, marks};
 use pg_outbox::postgres::{
-    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, Fresh, LANES, Large, Locked, Settled, Store,
-    StoreError,
+    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, Fresh, Large, Locked, Settled, Store, StoreError,
 };
 use postgres::Client;
 
@@ -21,7 +20,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// The longest backoff of the stores here.
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
 /// Cursors that hide nothing.
-const BEGINNING: [i64; marks::LANES] = [marks::BEGINNING; marks::LANES];
+const BEGINNING: ByLane<i64> = by_lane(marks::BEGINNING);
 
 /// How a test configures the database at `dsn`.
 pub fn settings_for(dsn: &str) -> Database {
@@ -240,7 +239,7 @@ fn a_look_shows_how_far_others_have_settled() {
 }
 
 /// The lanes locked without a look, from above these cursors, and whether there may be more; `None` if none was.
-fn lock_fresh(store: &Store, max_events: i32, cursors: &[i64; marks::LANES]) -> Option<(Locked, bool)> {
+fn lock_fresh(store: &Store, max_events: i32, cursors: &ByLane<i64>) -> Option<(Locked, bool)> {
     let lanes: Vec<i32> = (0..LANES).collect();
     let limits = ClaimLimits { lanes: LANES, events: max_events, event_bytes: usize::MAX };
     match store.open().unwrap().lock_fresh(&lanes, limits, cursors).unwrap() {
@@ -251,7 +250,7 @@ fn lock_fresh(store: &Store, max_events: i32, cursors: &[i64; marks::LANES]) -> 
 
 #[test]
 fn fresh_events_are_claimed_without_a_look() {
-    let (db, cursors) = (database(), [0; marks::LANES]);
+    let (db, cursors) = (database(), by_lane(0));
     let (one, other) = (store(&db), store(&db));
     assert!(lock_fresh(&one, 100, &cursors).is_none());
     let (a, b) = two_keys_of_one_lane(&db);
@@ -270,7 +269,7 @@ fn fresh_events_are_claimed_without_a_look() {
     db.events("order.placed", 500, 500);
     let (locked, more) = lock_fresh(&one, 100, &cursors).unwrap();
     assert!(more && (1..=16).contains(&locked.lanes.len()), "{:?}", locked.lanes);
-    let (second, _) = lock_fresh(&other, 3, &[450; marks::LANES]).unwrap();
+    let (second, _) = lock_fresh(&other, 3, &by_lane(450)).unwrap();
     assert!((1..=3).contains(&second.lanes.len()), "{:?}: each may have an event", second.lanes);
     assert!(second.lanes.iter().all(|lane| !locked.lanes.contains(lane)));
     let events = second.read(Large::Alone).unwrap().take_events();
@@ -279,11 +278,11 @@ fn fresh_events_are_claimed_without_a_look() {
 
 #[test]
 fn where_a_search_could_be_long_or_in_vain_fresh_events_are_left_to_a_look() {
-    let (db, mut cursors) = (database(), [0; marks::LANES]);
+    let (db, mut cursors) = (database(), by_lane(0));
     let store = store(&db);
     let held = db.event("order.placed", "a", "{}");
     db.event("order.placed", "a", "{}");
-    let found = |cursors: &[i64; marks::LANES]| lock_fresh(&store, 100, cursors).is_some();
+    let found = |cursors: &ByLane<i64>| lock_fresh(&store, 100, cursors).is_some();
     assert!(found(&cursors));
     cursors[5] = marks::BEGINNING;
     assert!(!found(&cursors), "everything that was published in that lane could be in the way");

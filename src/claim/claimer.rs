@@ -33,11 +33,12 @@ use super::search::{REST_MIN, REWIND_INTERVAL, Search};
 use crate::boottime::Boottime;
 use crate::claim::wakeup::Doze;
 use crate::config::live::Live;
+use crate::lane::LANES;
 use crate::lane::marks::Basis;
 use crate::nats::Publisher;
 use crate::ops::health::{Health, Heartbeat, Part};
 use crate::ops::metrics::Metrics;
-use crate::postgres::{ClaimLimits, Fresh, Head, LANES, Large, Locked, Opening, Sessions, Store, StoreError};
+use crate::postgres::{ClaimLimits, Fresh, Head, Large, Locked, Opening, Sessions, Store, StoreError};
 use crate::publish::worker::{Finished, Job, Stage};
 
 /// First and longest pause between claims that fail.

@@ -6,8 +6,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::lane::marks::{self, Basis, Cursors};
-use crate::postgres::{Found, LANES, LaneEnd, ServerLife, StoreError};
+use crate::lane::marks::{Basis, Cursors};
+use crate::lane::{ByLane, LANES, by_lane};
+use crate::postgres::{Found, LaneEnd, ServerLife, StoreError};
 use crate::publish::worker::{Finished, Job, ReadSummary};
 
 /// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
@@ -39,7 +40,7 @@ pub(super) struct Search {
     /// Lanes that have something and that no worker of ours has; the one that waits longest comes first.
     pub(super) ready: VecDeque<i32>,
     /// Lanes that a worker of ours has.
-    claimed: [bool; marks::LANES],
+    claimed: ByLane<bool>,
     /// Workers that wait for a claim.
     pub(super) idle_workers: usize,
     /// What the claims of the other workers hold at most.
@@ -77,7 +78,7 @@ impl Search {
             care: Care::default(),
             server: ServerLife::default(),
             ready: VecDeque::new(),
-            claimed: [false; marks::LANES],
+            claimed: by_lane(false),
             idle_workers: 0,
             bytes_in_flight: 0,
             news: ReadNews::default(),
@@ -328,12 +329,12 @@ pub(super) struct ReadNews {
 /// event and then, while it works, more and more; so the event at fault comes to be read alone.
 pub(super) struct Care {
     /// By lane: events that a claim of it may have; `None` where there is no cause for care.
-    limits: [Option<i32>; marks::LANES],
+    limits: ByLane<Option<i32>>,
 }
 
 impl Default for Care {
     fn default() -> Care {
-        Care { limits: [None; marks::LANES] }
+        Care { limits: by_lane(None) }
     }
 }
 
@@ -386,6 +387,7 @@ impl Care {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lane::marks::BEGINNING;
 
     /// What a claim of what is ready would be: how many lanes, and how many events of them.
     fn next(care: &Care, ready: &[i32]) -> (usize, i32) {
@@ -420,7 +422,7 @@ mod tests {
     fn how_workers_read_is_taken_in() {
         let mut search = Search::new(Instant::now());
         let read = |search: &mut Search, lane: i32, more: bool, read: Result<ReadSummary, StoreError>| {
-            let lanes = vec![LaneEnd { lane, reach: marks::BEGINNING, more }];
+            let lanes = vec![LaneEnd { lane, reach: BEGINNING, more }];
             let basis = Some(search.cursors.basis());
             search.finished(Finished { basis, lanes, read: Some(read), ..Finished::default() });
         };

@@ -14,13 +14,13 @@ use serde::Serialize;
 
 use super::terminal::printable;
 use crate::config::{Config, OnDead};
+use crate::lane::LANES;
 use crate::nats::Publisher;
 use crate::nats::answer::StreamState;
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{
-    BlockedKey, ClaimSettings, Instance, LANES, OpenTransaction, Partition, PartitionState, Store,
-    StoreError, Topic,
+    BlockedKey, ClaimSettings, Instance, OpenTransaction, Partition, PartitionState, Store, StoreError, Topic,
 };
 
 /// Entries of a list at most.

@@ -30,8 +30,8 @@
 
 use std::collections::BTreeSet;
 
-/// Lanes there are.
-pub const LANES: usize = 64;
+use super::{ByLane, by_lane};
+
 /// A cursor that is before every event.
 pub const BEGINNING: i64 = i64::MIN;
 
@@ -39,7 +39,7 @@ pub const BEGINNING: i64 = i64::MIN;
 #[derive(Debug, Clone)]
 pub struct Cursors {
     /// By lane.
-    at: [i64; LANES],
+    at: ByLane<i64>,
     /// No event at or below it can still appear; [`BEGINNING`] when nothing is known.
     horizon: i64,
     /// The next horizon, once its transactions have ended.
@@ -85,13 +85,13 @@ struct Candidate {
 
 impl Default for Cursors {
     fn default() -> Cursors {
-        Cursors { at: [BEGINNING; LANES], horizon: BEGINNING, candidate: None, last_seq: 0, epoch: 0 }
+        Cursors { at: by_lane(BEGINNING), horizon: BEGINNING, candidate: None, last_seq: 0, epoch: 0 }
     }
 }
 
 impl Cursors {
     /// The cursor of each lane: read what is above it.
-    pub fn positions(&self) -> &[i64; LANES] {
+    pub fn positions(&self) -> &ByLane<i64> {
         &self.at
     }
 
@@ -144,7 +144,7 @@ impl Cursors {
 
     /// Lets all reads begin at the beginning once, and keeps the horizon, which is no less true.
     pub fn rewind(&mut self) {
-        self.at = [BEGINNING; LANES];
+        self.at = by_lane(BEGINNING);
         self.epoch += 1;
     }
 }
@@ -547,6 +547,6 @@ mod tests {
         cursors.advance(cursors.basis(), 3, i64::MAX);
         assert_eq!(cursors.positions()[3], 10, "a rewind keeps the horizon");
         cursors.observe(Reading { last_seq: 4, writers: [].into() });
-        assert_eq!(cursors.positions(), &[BEGINNING; LANES], "a sequence that went back");
+        assert_eq!(cursors.positions(), &by_lane(BEGINNING), "a sequence that went back");
     }
 }

@@ -29,7 +29,7 @@ use super::{
     read_all, usize_of,
 };
 use crate::failpoint;
-use crate::lane::marks;
+use crate::lane::{ByLane, marks};
 
 /// Events that [`Opening::lock_fresh`] goes through at most: as many as some transactions have, and few enough to leave
 /// most of a burst to the claims that share it out.
@@ -143,7 +143,7 @@ impl Opening {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn find(&mut self, lanes: &[i32], cursors: &[i64; marks::LANES]) -> Result<Vec<Found>, StoreError> {
+    pub fn find(&mut self, lanes: &[i32], cursors: &ByLane<i64>) -> Result<Vec<Found>, StoreError> {
         let ClaimSettings { ordered, block_on_dead, .. } = self.shared.settings;
         let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
         let positions = positions(lanes, cursors);
@@ -172,7 +172,7 @@ impl Opening {
         mut self,
         lanes: &[i32],
         limits: ClaimLimits,
-        cursors: &[i64; marks::LANES],
+        cursors: &ByLane<i64>,
     ) -> Result<Locked, StoreError> {
         let rows = self.transaction.query(&LOCK_LANES, &[&lanes, &limits.max_lanes()])?;
         if rows.is_empty() {
@@ -193,7 +193,7 @@ impl Opening {
         mut self,
         lanes: &[i32],
         limits: ClaimLimits,
-        cursors: &[i64; marks::LANES],
+        cursors: &ByLane<i64>,
     ) -> Result<Fresh, StoreError> {
         let from = positions(lanes, cursors).into_iter().min().unwrap_or(marks::BEGINNING);
         if from == marks::BEGINNING || self.shared.held.load(Ordering::Relaxed) {
@@ -210,12 +210,7 @@ impl Opening {
     }
 
     /// What `rows` say is locked.
-    fn locked(
-        self,
-        rows: &[Row],
-        limits: ClaimLimits,
-        cursors: &[i64; marks::LANES],
-    ) -> Result<Locked, StoreError> {
+    fn locked(self, rows: &[Row], limits: ClaimLimits, cursors: &ByLane<i64>) -> Result<Locked, StoreError> {
         let server = rows.first().map(ServerLife::read).transpose();
         let server = server.map_err(|error| StoreError::from(&error))?.unwrap_or_default();
         let mut lanes: Vec<i32> = read_all(rows, |row| row.try_get(0))?;
@@ -233,7 +228,7 @@ impl Opening {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn head(&mut self, lane: i32, cursors: &[i64; marks::LANES]) -> Result<Option<Head>, StoreError> {
+    pub fn head(&mut self, lane: i32, cursors: &ByLane<i64>) -> Result<Option<Head>, StoreError> {
         let settings = &self.shared.settings;
         let lanes = &[lane][..];
         let rows = self.transaction.query(
@@ -265,7 +260,7 @@ impl Opening {
     pub fn bury(
         mut self,
         lane: i32,
-        cursors: &[i64; marks::LANES],
+        cursors: &ByLane<i64>,
         head: Head,
         reason: &str,
     ) -> Result<bool, StoreError> {
@@ -311,7 +306,7 @@ pub struct Head {
 }
 
 /// The cursors of these lanes.
-fn positions(lanes: &[i32], cursors: &[i64; marks::LANES]) -> Vec<i64> {
+fn positions(lanes: &[i32], cursors: &ByLane<i64>) -> Vec<i64> {
     lanes.iter().map(|&lane| cursors.get(usize_of(lane)).copied().unwrap_or(marks::BEGINNING)).collect()
 }
 

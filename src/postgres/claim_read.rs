@@ -19,7 +19,7 @@ use super::transaction::Transaction;
 use super::{Shared, StoreError, read_all, usize_of};
 use crate::event::Event;
 use crate::failpoint;
-use crate::lane::marks;
+use crate::lane::{LANES, marks};
 
 /// The column of what is read that says whether something may hold events back.
 const HELD: usize = 10;
@@ -47,7 +47,7 @@ pub struct ClaimLimits {
 impl ClaimLimits {
     /// Lanes at most of which each may have an event.
     pub(super) fn max_lanes(&self) -> i32 {
-        self.lanes.clamp(1, super::LANES.min(self.events.max(1)))
+        self.lanes.clamp(1, LANES.min(self.events.max(1)))
     }
 }
 

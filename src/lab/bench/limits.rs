@@ -15,10 +15,10 @@ use super::{Bench, drain};
 use crate::config::{Database, PreparedStatements};
 use crate::event::headers::HeaderPolicy;
 use crate::event::{Event, Outcome};
-use crate::lane::marks;
+use crate::lane::{LANES, by_lane, marks};
 use crate::nats::raw::{Message, Raw};
 use crate::nats::streams::Batches;
-use crate::postgres::{ClaimLimits, ClaimSettings, LANES, Large, Store};
+use crate::postgres::{ClaimLimits, ClaimSettings, Large, Store};
 
 /// Messages without an ack at most: where the service's own limit is, and a stream's is not far.
 const WINDOW: usize = 5_000;
@@ -117,7 +117,7 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
 fn claim_all(store: &Store, lanes: &[i32], batch: usize) -> Result<Vec<Event>> {
     let events = i32::try_from(batch).unwrap_or(i32::MAX);
     let limits = ClaimLimits { lanes: LANES, events, event_bytes: usize::MAX };
-    let mut cursors = [marks::BEGINNING; marks::LANES];
+    let mut cursors = by_lane(marks::BEGINNING);
     let mut all = Vec::new();
     loop {
         let mut claim = store.open()?.lock(lanes, limits, &cursors)?.read(Large::Alone)?;
