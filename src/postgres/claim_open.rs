@@ -28,6 +28,7 @@ use super::{
     CLAIM_PLANS, NO_OTHER_LIMITS, SERVED_BY, STATEMENT_TIMEOUT, Shared, Store, StoreError, milliseconds,
     read_all, usize_of,
 };
+use crate::event::retry::MAX_ERROR_CHARS;
 use crate::failpoint;
 use crate::lane::{ByLane, marks};
 
@@ -274,8 +275,10 @@ impl Opening {
         let ids = vec![head.id];
         let created_at = vec![Timestamp(head.created_at)];
         let attempts = vec![head.attempts.saturating_add(1)];
-        let buried = connection
-            .execute(&SETTLE_DEAD, &[&ids, &created_at, &attempts, &vec![connection.storable(reason)]])?;
+        let buried = connection.execute(
+            &SETTLE_DEAD,
+            &[&ids, &created_at, &attempts, &vec![connection.storable(reason, MAX_ERROR_CHARS)]],
+        )?;
         connection.batch("COMMIT")?;
         Ok(buried > 0)
     }

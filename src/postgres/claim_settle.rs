@@ -13,6 +13,7 @@ use super::StoreError;
 use super::claim_lanes::{LaneEnd, LaneRead};
 use super::pool::{Connection, Query, Timestamp};
 use super::transaction::Transaction;
+use crate::event::retry::MAX_ERROR_CHARS;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 use crate::lane::marks;
@@ -153,11 +154,11 @@ impl Writes {
             Outcome::Retry { attempts, delay_ms, error } => {
                 self.retried.add(event);
                 self.retried.delays_ms.push(*delay_ms);
-                self.retried.add_attempt(*attempts, connection.storable(error));
+                self.retried.add_attempt(*attempts, connection.storable(error, MAX_ERROR_CHARS));
             }
             Outcome::Dead { attempts, error } => {
                 self.dead.add(event);
-                self.dead.add_attempt(*attempts, connection.storable(error));
+                self.dead.add_attempt(*attempts, connection.storable(error, MAX_ERROR_CHARS));
             }
             Outcome::Untouched => {}
         }

@@ -19,6 +19,8 @@ use super::{SERVED_BY, STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_
 const LANE_TIMEOUT: Duration = Duration::from_secs(25);
 /// Events changed in one transaction at most.
 pub const CHANGE_MAX: usize = 500;
+/// Longest `discarded_by` and `discard_reason`, in characters; what is longer is cut.
+const REMARK_MAX_CHARS: usize = 2_000;
 /// `lock_not_available`.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// `insufficient_privilege`.
@@ -199,7 +201,12 @@ fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Res
         }
         Change::Discard { by, reason } => connection.query(
             &DISCARD_DEAD,
-            &[&ids, &created_at, &connection.storable(by), &connection.storable(reason)],
+            &[
+                &ids,
+                &created_at,
+                &connection.storable(by, REMARK_MAX_CHARS),
+                &connection.storable(reason, REMARK_MAX_CHARS),
+            ],
         ),
     }
 }

@@ -23,9 +23,6 @@ use super::{Shared, StoreError, sessions};
 /// Encodings that take any character of ours. (SQL_ASCII takes any bytes.)
 const WIDE_ENCODINGS: [&str; 2] = ["UTF8", "SQL_ASCII"];
 
-/// Longest `last_error` written, in characters; what is longer is cut.
-const LAST_ERROR_MAX_CHARS: usize = 2_000;
-
 /// A statement of `postgres/*.sql`, prepared once a connection where connections are sessions.
 pub(super) struct Query {
     pub(super) name: &'static str,
@@ -127,11 +124,11 @@ impl Connection {
         })
     }
 
-    /// An error text that PostgreSQL takes: a settle that it refuses would be tried for ever. It stores no NUL, and no
-    /// character that the database's encoding does not have.
-    pub(super) fn storable(&self, error: &str) -> String {
+    /// A text that PostgreSQL takes, of so many characters of `text` at most: a settle that it refuses would be tried for
+    /// ever. It stores no NUL, and no character that the database's encoding does not have.
+    pub(super) fn storable(&self, text: &str, max_chars: usize) -> String {
         let width = if self.shared.narrow.load(Ordering::Relaxed) { Width::Ascii } else { Width::Any };
-        storable(error, width)
+        storable(text, max_chars, width)
     }
 }
 
@@ -247,9 +244,9 @@ enum Width {
     Ascii,
 }
 
-fn storable(text: &str, width: Width) -> String {
+fn storable(text: &str, max_chars: usize, width: Width) -> String {
     let mut stored = String::with_capacity(text.len());
-    for c in text.chars().take(LAST_ERROR_MAX_CHARS) {
+    for c in text.chars().take(max_chars) {
         match width {
             _ if c == '\0' => stored.push('?'),
             Width::Ascii if !c.is_ascii() => stored.extend(c.escape_unicode()),
@@ -265,8 +262,8 @@ mod tests {
 
     #[test]
     fn error_texts_can_be_stored() {
-        assert_eq!(storable("a\0b", Width::Any), "a?b");
-        assert_eq!(storable("a\0ä中", Width::Ascii), "a?\\u{e4}\\u{4e2d}");
-        assert_eq!(storable(&"ä".repeat(5_000), Width::Any).chars().count(), LAST_ERROR_MAX_CHARS);
+        assert_eq!(storable("a\0b", 3, Width::Any), "a?b");
+        assert_eq!(storable("a\0ä中", 4, Width::Ascii), "a?\\u{e4}\\u{4e2d}");
+        assert_eq!(storable(&"ä".repeat(5_000), 2_000, Width::Any).chars().count(), 2_000);
     }
 }
