@@ -5,6 +5,7 @@
 //! the socket; nothing in between looks into it. No thread of its own, nothing that blocks, no clock; it names no other
 //! folder of the program, and no database, server or configuration.
 
+pub mod header_rules;
 pub mod headers;
 pub mod order;
 pub mod retry;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::Secret;
 use super::reading::Faults;
 use super::yaml::{Node, Value};
-use crate::event::headers;
+use crate::event::header_rules;
 use crate::event::topic_map::{self, TopicMap};
 
 /// PostgreSQL's own limit on a name, in bytes.
@@ -372,7 +372,7 @@ pub(super) fn subjects(node: &Node) -> Result<Vec<String>, Faults> {
 /// `nats.allow_headers`.
 pub(super) fn allowed_headers(node: &Node) -> Result<Vec<String>, Faults> {
     checked_texts(node, |name| {
-        headers::can_be_allowed(name).map_err(|why| format!("{} cannot be allowed: {why}", quoted(name)))
+        header_rules::can_be_allowed(name).map_err(|why| format!("{} cannot be allowed: {why}", quoted(name)))
     })
 }
 
