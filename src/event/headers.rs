@@ -62,7 +62,7 @@ pub struct Headers {
 impl HeaderPolicy {
     /// The headers of `event`, for its next attempt.
     pub fn build(&self, event: &Event) -> Headers {
-        let mut writer = Writer::for_event(event, &self.allow);
+        let mut writer = BlockWriter::for_event(event, &self.allow);
         match &self.replay {
             None => writer.own("Nats-Msg-Id", event.id.hyphenated()),
             Some(name) => writer.own("Nats-Msg-Id", format_args!("{}.{name}", event.id.hyphenated())),
@@ -81,7 +81,7 @@ impl HeaderPolicy {
     /// The headers of the announcement that `event` is dead: those of the event and why it died, without what would
     /// decide where it is stored, and with a message id that begins with the event's and is that of no event.
     pub fn announce(&self, event: &Event, death: &Death) -> Headers {
-        let mut writer = Writer::for_event(event, &[]);
+        let mut writer = BlockWriter::for_event(event, &[]);
         writer.own("Nats-Msg-Id", format_args!("{}.dead.{}", event.id.hyphenated(), death.announced_ms));
         self.describe(&mut writer, event, death.attempts);
         writer.own("Outbox-Subject", death.subject);
@@ -90,28 +90,28 @@ impl HeaderPolicy {
         Headers { block: writer.block, altered: writer.altered }
     }
 
-    fn describe(&self, writer: &mut Writer, event: &Event, attempt: u32) {
+    fn describe(&self, writer: &mut BlockWriter, event: &Event, attempt: u32) {
         writer.own("Outbox-Seq", event.seq);
         writer.own("Outbox-Topic", &event.topic);
-        writer.own("Outbox-Created-At", Timestamp(event.created_at));
+        writer.own("Outbox-Created-At", CreationTime(event.created_at));
         writer.own("Outbox-Attempt", attempt);
         writer.own("Outbox-Instance", &self.instance);
     }
 }
 
 /// Writes a header block.
-struct Writer<'a> {
+struct BlockWriter<'a> {
     allow: &'a [String],
     block: String,
     altered: Altered,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> BlockWriter<'a> {
     /// With room for all that the event may need.
-    fn for_event(event: &Event, allow: &'a [String]) -> Writer<'a> {
+    fn for_event(event: &Event, allow: &'a [String]) -> BlockWriter<'a> {
         let metadata = event.metadata.as_ref().map_or(0, String::len);
         let capacity = OWN_HEADERS_BYTES + event.topic.len() + metadata + metadata / 4;
-        Writer { allow, block: String::with_capacity(capacity), altered: Altered::default() }
+        BlockWriter { allow, block: String::with_capacity(capacity), altered: Altered::default() }
     }
 
     fn metadata_of(&mut self, event: &Event) {
@@ -183,7 +183,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-impl<'de> Visitor<'de> for &mut Writer<'_> {
+impl<'de> Visitor<'de> for &mut BlockWriter<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -208,9 +208,9 @@ struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 /// Microseconds since 2000-01-01 UTC, as PostgreSQL counts, printed by RFC 3339. The RFC ends at the year
 /// 9999; later years and those before 1 (astronomical: 1 BC is 0) are printed with their sign, as ISO 8601
 /// does.
-struct Timestamp(i64);
+struct CreationTime(i64);
 
-impl fmt::Display for Timestamp {
+impl fmt::Display for CreationTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const MICROS_PER_SECOND: i64 = 1_000_000;
         const MICROS_PER_DAY: i64 = 86_400 * MICROS_PER_SECOND;

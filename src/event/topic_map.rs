@@ -120,7 +120,7 @@ impl TopicMap {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Pattern {
     tokens: Vec<Token>,
-    target: Vec<Part>,
+    target: Vec<TargetToken>,
     written_target: String,
 }
 
@@ -134,7 +134,7 @@ enum Token {
 
 /// A token of a target.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Part {
+enum TargetToken {
     Literal(String),
     /// The topic's token at this index.
     One(usize),
@@ -157,11 +157,11 @@ impl Pattern {
         }
         let mut ones = ones.into_iter();
         let part = |token: &str| match token {
-            "*" => ones.next().map(Part::One),
-            ">" => tail.map(Part::Tail),
-            literal => Some(Part::Literal(literal.to_owned())),
+            "*" => ones.next().map(TargetToken::One),
+            ">" => tail.map(TargetToken::Tail),
+            literal => Some(TargetToken::Literal(literal.to_owned())),
         };
-        let parts: Option<Vec<Part>> = target.split('.').map(part).collect();
+        let parts: Option<Vec<TargetToken>> = target.split('.').map(part).collect();
         let target_parts = parts.ok_or("the subject ends in >, but the topic does not")?;
         Ok(Pattern { tokens, target: target_parts, written_target: target.to_owned() })
     }
@@ -182,9 +182,9 @@ impl Pattern {
                 subject.push('.');
             }
             match part {
-                Part::Literal(literal) => subject.push_str(literal),
-                Part::One(index) => subject.push_str(topic.split('.').nth(*index).unwrap_or_default()),
-                Part::Tail(index) => {
+                TargetToken::Literal(literal) => subject.push_str(literal),
+                TargetToken::One(index) => subject.push_str(topic.split('.').nth(*index).unwrap_or_default()),
+                TargetToken::Tail(index) => {
                     subject.push_str(topic.splitn(index + 1, '.').nth(*index).unwrap_or_default());
                 }
             }

@@ -179,9 +179,9 @@ fn a_creation_time_is_printed_whatever_the_row_holds() {
         (i64::MIN, "-infinity"),
     ];
     for (micros, expected) in cases {
-        assert_eq!(Timestamp(micros).to_string(), expected, "{micros}");
+        assert_eq!(CreationTime(micros).to_string(), expected, "{micros}");
     }
-    let extremes = [i64::MAX - 1, i64::MIN + 1].map(|micros| Timestamp(micros).to_string());
+    let extremes = [i64::MAX - 1, i64::MIN + 1].map(|micros| CreationTime(micros).to_string());
     assert_eq!(extremes[0], "+294277-01-09T04:00:54.775806Z");
 }
 
