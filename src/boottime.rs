@@ -2,7 +2,7 @@
 //!
 //! A claim's budget must end where the database's `idle_in_transaction_session_timeout` would have freed its
 //! lanes, whatever happened to this machine in between. `Instant` stands still while a machine is suspended;
-//! `CLOCK_BOOTTIME` does not.
+//! `CLOCK_BOOTTIME` does not. A plain value that any thread may keep and hand on; it never waits.
 
 use std::time::Duration;
 

@@ -3,7 +3,10 @@
 //! [`Tls`] says what is wanted; [`Tls::client`] reads the files and makes rustls's configuration of it, anew for
 //! every connection, so that a renewed certificate counts from the next one on. The handshake's signature is always
 //! verified: whoever answers has the key of the certificate that it shows. How much that certificate must be worth is
-//! [`Check`]'s to say. TLS 1.2 and 1.3, with the ciphers of the *ring* library. Blocks on reading files alone.
+//! [`Check`]'s to say. TLS 1.2 and 1.3, with the ciphers of the *ring* library.
+//!
+//! No thread of its own: whoever connects calls it. It blocks on reading files alone, owns no socket, names no other
+//! file of the program, and says nothing of what stands in a file with a key.
 
 use std::fmt;
 use std::fs;
@@ -112,20 +115,20 @@ impl Roots {
 }
 
 /// A TLS client over a socket that somebody else owns.
-pub struct Session(ClientConnection);
+pub struct TlsSession(ClientConnection);
 
-impl Session {
+impl TlsSession {
     /// A session with a server whose certificate is to be for `name`, a host name or an address.
     ///
     /// # Errors
     /// As [`Tls::client`], or the name is none.
-    pub fn new(tls: &Tls, name: &str) -> Result<Session, String> {
+    pub fn new(tls: &Tls, name: &str) -> Result<TlsSession, String> {
         let config = Arc::new(tls.client()?);
         let name = ServerName::try_from(name.to_owned()).map_err(|error| format!("{name}: {error}"))?;
         let mut session = ClientConnection::new(config, name).map_err(|error| error.to_string())?;
         // Written to only when nothing waits: what waits is what was written last.
         session.set_buffer_limit(None);
-        Ok(Session(session))
+        Ok(TlsSession(session))
     }
 
     /// Whether the handshake is not over yet.
@@ -209,7 +212,6 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     Ok(found)
 }
 
-/// The private key of a file in PEM that nobody but its owner, or root's group, can read: libpq's rule.
 /// That nobody but its owner, and root's group, can read this file, in which a key stands.
 ///
 /// # Errors
@@ -227,6 +229,7 @@ pub fn is_private(path: &Path) -> Result<(), String> {
     ))
 }
 
+/// The private key of a file in PEM that nobody but its owner, or root's group, can read: libpq's rule.
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     is_private(path)?;
     let named = |why: &dyn fmt::Display| format!("{}: {why}", path.display());

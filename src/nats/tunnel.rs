@@ -30,7 +30,7 @@ use serde_json::{Map, Value};
 use super::greeting::Greeting;
 use super::link::Down;
 use super::login::Login;
-use crate::tls::{Session, Tls, is_failure_of_tls};
+use crate::tls::{Tls, TlsSession, is_failure_of_tls};
 
 /// Bytes taken from either side at once.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -73,7 +73,7 @@ impl Tunnel {
 pub(super) fn open(greeting: Greeting, login: &Login, plan: &Plan, down: &Arc<Down>) -> Result<Tunnel> {
     let Greeting { socket: mut server, info } = greeting;
     let login = login.fields(info.get("nonce").and_then(Value::as_str))?;
-    let mut session = Session::new(&plan.tls, &plan.name).map_err(|why| anyhow!(why))?;
+    let mut session = TlsSession::new(&plan.tls, &plan.name).map_err(|why| anyhow!(why))?;
     server.set_nonblocking(true)?;
     let said = shake_hands(&mut session, &mut server, plan.timeout).context("TLS")?;
     log::debug!("TLS to nats: {}", session.described());
@@ -100,7 +100,7 @@ pub(super) fn open(greeting: Greeting, login: &Login, plan: &Plan, down: &Arc<Do
 }
 
 /// Shakes hands; returns what the server has said meanwhile.
-fn shake_hands(session: &mut Session, server: &mut TcpStream, timeout: Duration) -> Result<Vec<u8>> {
+fn shake_hands(session: &mut TlsSession, server: &mut TcpStream, timeout: Duration) -> Result<Vec<u8>> {
     let deadline = Instant::now() + timeout;
     let mut said = Vec::new();
     loop {
@@ -212,7 +212,7 @@ fn wait(fds: &mut [PollFd<'_>], limit: Duration) -> io::Result<()> {
 struct Carrier {
     server: TcpStream,
     client: TcpStream,
-    session: Session,
+    session: TlsSession,
     /// What the server said and the client has not taken yet.
     to_client: Vec<u8>,
     down: Arc<Down>,
