@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use crate::claim::claimer::Claimer;
 use crate::claim::wakeup::{Doze, Sleeper, Wakeup};
@@ -68,8 +68,8 @@ pub struct Service {
     stop: Sender<Infallible>,
     /// Dropped last, to stop http.
     stop_http: Sender<Infallible>,
-    /// Disconnected when every worker has ended.
-    workers_done: Receiver<Infallible>,
+    /// Each is disconnected when that worker has ended.
+    workers: Vec<Receiver<Infallible>>,
     threads: Threads,
 }
 
@@ -111,7 +111,7 @@ impl Service {
         let (jobs, jobs_to_do) = bounded(config.dispatcher.workers);
         let (free, freed) = bounded(config.dispatcher.workers);
         let publish = Arc::new(parts.publish(publisher.clone()));
-        let workers_done = parts.start_workers(&mut threads, &publish, &jobs_to_do, &free)?;
+        let workers = parts.start_workers(&mut threads, &publish, &jobs_to_do, &free)?;
         if config.database.listen {
             parts.start_wakeups(&mut threads, &stopped)?;
         }
@@ -131,7 +131,7 @@ impl Service {
             shutdown_grace,
             stop,
             stop_http,
-            workers_done,
+            workers,
             threads,
         })
     }
@@ -170,9 +170,11 @@ impl Service {
         self.draining.store(true, Ordering::Relaxed);
         self.threads.stopping.store(true, Ordering::Relaxed);
         drop(self.stop);
-        // Ends by itself when the last worker has ended and dropped its side.
-        let _ = self.workers_done.recv_deadline(started + self.shutdown_grace);
-        let cut_off = self.threads.running("worker-");
+        let grace_over = started + self.shutdown_grace;
+        let has_ended = |worker: &Receiver<Infallible>| {
+            worker.recv_deadline(grace_over) == Err(RecvTimeoutError::Disconnected)
+        };
+        let cut_off = self.workers.iter().filter(|worker| !has_ended(worker)).count();
         drop(self.stop_http);
         Stopped {
             drained: self.drain.drained.load(Ordering::Relaxed),
@@ -244,7 +246,7 @@ impl<'a> Parts<'a> {
         }
         let (health, metrics) = (self.health.clone(), self.metrics.clone());
         let http = Http::bind(http, &dispatcher.instance_id, health, metrics, waiting.clone())?;
-        threads.spawn("http", move || http.run(&stopped))
+        threads.spawn("http", move || http.run(&stopped)).map(drop)
     }
 
     fn publisher(&self) -> (Publisher, Keeper) {
@@ -261,7 +263,7 @@ impl<'a> Parts<'a> {
     ) -> Result<()> {
         let (live, sent_again_within) = (self.live.clone(), self.config.sent_again_within());
         let stopped = stopped.clone();
-        threads.spawn("nats", move || keeper.run(&live, sent_again_within, &stopped))
+        threads.spawn("nats", move || keeper.run(&live, sent_again_within, &stopped)).map(drop)
     }
 
     fn publish(&self, publisher: Publisher) -> Publish {
@@ -282,15 +284,15 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// Returns what disconnects when every worker has ended.
+    /// Returns what disconnects when a worker has ended, for each.
     fn start_workers(
         &self,
         threads: &mut Threads,
         publish: &Arc<Publish>,
         jobs: &Receiver<Job>,
         free: &Sender<Finished>,
-    ) -> Result<Receiver<Infallible>> {
-        let (working, done) = bounded(0);
+    ) -> Result<Vec<Receiver<Infallible>>> {
+        let mut ends = Vec::with_capacity(self.config.dispatcher.workers);
         for slot in 0..self.config.dispatcher.workers {
             let name = format!("worker-{slot}");
             let worker = Worker {
@@ -304,13 +306,9 @@ impl<'a> Parts<'a> {
                 heartbeat: self.heartbeat(&name),
                 metrics: self.metrics.clone(),
             };
-            let working: Sender<Infallible> = working.clone();
-            threads.spawn(&name, move || {
-                let _working = working;
-                worker.run()
-            })?;
+            ends.push(threads.spawn(&name, move || worker.run())?);
         }
-        Ok(done)
+        Ok(ends)
     }
 
     fn start_wakeups(&self, threads: &mut Threads, stopped: &Receiver<Infallible>) -> Result<()> {
@@ -326,7 +324,7 @@ impl<'a> Parts<'a> {
             Sleeper { locks: new_locks, doze: self.doze.clone(), heartbeat: self.heartbeat("sleep-lock") };
         let (stop_wakeup, stop_sleeper) = (stopped.clone(), stopped.clone());
         threads.spawn("wake-up", move || wakeup.run(&stop_wakeup))?;
-        threads.spawn("sleep-lock", move || sleeper.run(&stop_sleeper))
+        threads.spawn("sleep-lock", move || sleeper.run(&stop_sleeper)).map(drop)
     }
 
     fn start_upkeep(
@@ -349,7 +347,7 @@ impl<'a> Parts<'a> {
         };
         let (stop_janitor, stop_upkeep) = (stopped.clone(), stopped.clone());
         threads.spawn("janitor", move || janitor.run(&stop_janitor))?;
-        threads.spawn("upkeep", move || upkeep.run(&stop_upkeep))
+        threads.spawn("upkeep", move || upkeep.run(&stop_upkeep)).map(drop)
     }
 
     fn claimer(&self, publisher: Publisher, jobs: Sender<Job>, free: Receiver<Finished>) -> Claimer {
@@ -379,22 +377,29 @@ struct Threads {
     stopping: Arc<AtomicBool>,
     failed: Receiver<anyhow::Error>,
     fail: Sender<anyhow::Error>,
-    handles: Vec<thread::JoinHandle<()>>,
 }
 
 impl Default for Threads {
     fn default() -> Threads {
         // The first failure ends the service; later ones have nowhere to go.
         let (fail, failed) = bounded(1);
-        Threads { stopping: Arc::new(AtomicBool::new(false)), failed, fail, handles: Vec::new() }
+        Threads { stopping: Arc::new(AtomicBool::new(false)), failed, fail }
     }
 }
 
 impl Threads {
-    /// The one way in which a thread of the service is started.
-    fn spawn(&mut self, name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    /// The one way in which a thread of the service is started. Returns what disconnects when it has ended.
+    ///
+    /// It is not joined: `JoinHandle::join` knows no deadline, and `is_finished` still says no while a thread that has
+    /// nothing left to do is on its way out.
+    fn spawn(
+        &mut self,
+        name: &str,
+        run: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<Receiver<Infallible>> {
+        let (alive, ended) = bounded::<Infallible>(0);
         let (fail, stopping, thread_name) = (self.fail.clone(), self.stopping.clone(), name.to_string());
-        let handle = thread::Builder::new()
+        thread::Builder::new()
             .name(name.to_string())
             .spawn(move || {
                 let cause = match catch_unwind(AssertUnwindSafe(run)) {
@@ -405,18 +410,10 @@ impl Threads {
                 if !stopping.load(Ordering::Relaxed) {
                     let _ = fail.try_send(cause.context(format!("thread {thread_name} ended early")));
                 }
+                drop(alive);
             })
             .with_context(|| format!("start thread {name}"))?;
-        self.handles.push(handle);
-        Ok(())
-    }
-
-    /// How many threads whose name begins with `prefix` are still running.
-    fn running(&self, prefix: &str) -> usize {
-        let named = |handle: &&thread::JoinHandle<()>| {
-            handle.thread().name().is_some_and(|name| name.starts_with(prefix))
-        };
-        self.handles.iter().filter(named).filter(|handle| !handle.is_finished()).count()
+        Ok(ended)
     }
 }
 

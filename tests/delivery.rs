@@ -185,11 +185,26 @@ fn sigterm_drains_and_exits_cleanly() {
     assert!(status.success(), "{status}\n{}", daemon.log());
     let line = daemon.log_lines("stopped:").pop().expect("it says what it did");
     assert!(line.contains("drained=") && line.contains("released=") && line.contains("took="), "{line}");
+    assert!(!line.contains("cut_off"), "every worker ended within the grace: {line}");
     let left = db.pending();
     assert!(left > 0, "the test must stop it in the middle");
     assert_eq!(stream.count() as i64, db.published(), "what is in the stream is settled, and nothing else");
     let locks = db.number("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'pg-outbox%'");
     assert_eq!(locks, 0, "no connection stays behind");
+}
+
+#[test]
+fn workers_that_are_about_to_return_are_not_cut_off() {
+    let (db, stream) = (database(), stream());
+    let config = Config::new(&db, &stream).set("dispatcher.workers", 16).set("database.max_connections", 20);
+    for _ in 0..10 {
+        let mut daemon = Daemon::start(&config);
+        daemon.wait_ready();
+        daemon.term();
+        assert!(daemon.wait_exit(LIMIT).success(), "{}", daemon.log());
+        let line = daemon.log_lines("stopped:").pop().expect("it says what it did");
+        assert!(!line.contains("cut_off"), "nobody had anything to do: {line}");
+    }
 }
 
 #[test]
@@ -222,12 +237,16 @@ fn a_grace_that_is_too_short_still_loses_nothing() {
         Config::new(&db, &stream).set("nats.ack_timeout", "20s").set("dispatcher.shutdown_grace", "1s");
     let mut daemon = Daemon::start(&config);
     daemon.wait_ready();
-    db.events("order.placed", 20_000, 10);
-    wait_until("it publishes", LIMIT, &[&daemon, &db], || db.published() > 0);
     nats.pause().unwrap();
+    db.events("order.placed", 20_000, 10);
+    wait_until("a worker waits for acks", LIMIT, &[&daemon, &db], || {
+        daemon.metric("outbox_claims_total{result=\"events\"}") > 0.0
+    });
     daemon.term();
     let status = daemon.wait_exit(Duration::from_secs(5));
     assert!(status.success(), "{status}\n{}", daemon.log());
+    let line = daemon.log_lines("stopped:").pop().expect("it says what it did");
+    assert!(line.contains(" cut_off=") && line.ends_with(" (grace was over)"), "{line}");
     nats.resume().unwrap();
     let again = Daemon::start(&config);
     wait_drained(&db, &stream, &[&again], LIMIT);
