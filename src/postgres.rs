@@ -473,10 +473,11 @@ fn begin_reading(timeout: Duration, home: &Home) -> String {
 }
 
 fn connect(target: &Target) -> Result<Client, StoreError> {
-    target.connect().map_err(|cause| StoreError {
+    let made = target.connect().map_err(|cause| StoreError {
         text: format!("connect to postgres at {}: {cause}", target.address()),
         ..cause
-    })
+    })?;
+    Ok(made.client)
 }
 
 /// The highest version recorded; 0 before the first migration.

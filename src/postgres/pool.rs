@@ -1,8 +1,14 @@
 //! What the pool keeps and hands out: connections, their prepared statements, and when one must not be used again.
 //!
-//! With `postgres.rs`, which sets the pool up, the only file that names `r2d2`. Every use of a client goes through
-//! [`Connection::attempt`]: any error dooms the connection, as nobody knows what state its transaction is in, and it is
-//! closed instead of going back. A connection also knows what its database's encoding can store of a text.
+//! Every use of a client goes through [`Connection::attempt`]: any error dooms the connection, as nobody knows what state
+//! its transaction is in, and it is closed instead of going back. A connection also knows what its database's encoding
+//! can store of a text.
+//!
+//! The pool's [`Manager`] stands on those of `r2d2_postgres`. One of these has one configuration and one kind of TLS for
+//! all the connections it makes, while a connection of ours may go to any host of the DSN, in clear or over TLS. So
+//! [`Target::connect`] makes one of them for each try, and that one connects; the one that succeeded stays with its
+//! connection, and says whether the connection is valid and whether it is broken. Ours adds what theirs cannot know: which
+//! host is next, which statements are prepared, how old a connection is, and that one is doomed.
 
 use std::collections::HashMap;
 use std::ops::DerefMut;
@@ -17,7 +23,7 @@ use postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 use postgres::{Client, Row, Statement};
 use r2d2::{HandleError, ManageConnection};
 
-use super::target::Target;
+use super::target::{Made, Maker, Target};
 use super::{Shared, StoreError, sessions};
 
 /// Encodings that take any character of ours. (SQL_ASCII takes any bytes.)
@@ -143,6 +149,8 @@ impl Drop for Connection {
 /// first: a statement that is dropped before its connection would be closed on whatever server process is there.
 pub(super) struct Session {
     pub(super) client: Client,
+    /// Judges it.
+    maker: Maker,
     pub(super) doomed: bool,
     /// How many ages had ended when it was made.
     pub(super) age: u64,
@@ -175,6 +183,7 @@ pub(super) fn typed<'p>(
     params.iter().copied().zip(query.types.iter().cloned()).collect()
 }
 
+/// What the pool opens and judges connections with.
 pub(super) struct Manager {
     pub(super) target: Target,
     pub(super) age: Arc<AtomicU64>,
@@ -186,16 +195,16 @@ impl ManageConnection for Manager {
 
     fn connect(&self) -> Result<Session, StoreError> {
         let age = self.age.load(Ordering::Relaxed);
-        let client = self.target.connect()?;
-        Ok(Session { client, doomed: false, age, served_by: None, statements: HashMap::new() })
+        let Made { client, maker } = self.target.connect()?;
+        Ok(Session { client, maker, doomed: false, age, served_by: None, statements: HashMap::new() })
     }
 
     fn is_valid(&self, session: &mut Session) -> Result<(), StoreError> {
-        session.client.simple_query("").map(|_| ()).map_err(|error| StoreError::from(&error))
+        session.maker.is_valid(&mut session.client).map_err(|error| StoreError::from(&error))
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {
-        session.doomed || session.client.is_closed()
+        session.doomed || session.maker.has_broken(&mut session.client)
     }
 }
 

@@ -6,6 +6,8 @@
 //! who can change what we send: it is what is used when nobody said anything, not what to use across a network.
 //! A password that goes to another machine in clear is worth one warning, the only line that is logged here.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,7 +15,9 @@ use std::time::Duration;
 use log::{debug, warn};
 use postgres::config::SslMode as DriverMode;
 use postgres::tls::{MakeTlsConnect, TlsConnect};
-use postgres::{Client, NoTls, Socket};
+use postgres::{Client, Socket};
+use r2d2::ManageConnection;
+use r2d2_postgres::PostgresConnectionManager;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::dsn::{Dsn, Server, SessionTarget, SslMode};
@@ -51,9 +55,18 @@ enum Way {
     Tls,
 }
 
+/// What made a connection: it knows one server and one way to it, and is made anew for each try.
+pub(super) type Maker = PostgresConnectionManager<Connector>;
+
+/// A connection, with what made it.
+pub(super) struct Made {
+    pub(super) client: Client,
+    pub(super) maker: Maker,
+}
+
 /// What became of one way to connect.
 struct Tried {
-    result: Result<Client, postgres::Error>,
+    result: Result<Made, postgres::Error>,
     over_tls: bool,
 }
 
@@ -109,7 +122,7 @@ impl Target {
     ///
     /// # Errors
     /// What each server said.
-    pub(super) fn connect(&self) -> Result<Client, StoreError> {
+    pub(super) fn connect(&self) -> Result<Made, StoreError> {
         let mut servers: Vec<&Server> = self.0.dsn.servers.iter().collect();
         if self.0.dsn.shuffled {
             fastrand::shuffle(&mut servers);
@@ -117,7 +130,7 @@ impl Target {
         let mut failed: Vec<(&Server, StoreError)> = Vec::new();
         for server in servers {
             match self.connect_to(server) {
-                Ok(client) => return Ok(client),
+                Ok(made) => return Ok(made),
                 Err(error) => failed.push((server, error)),
             }
         }
@@ -138,14 +151,14 @@ impl Target {
     }
 
     /// Tries the ways to one server.
-    fn connect_to(&self, server: &Server) -> Result<Client, StoreError> {
+    fn connect_to(&self, server: &Server) -> Result<Made, StoreError> {
         let mode = if server.is_socket() { SslMode::Disable } else { self.0.dsn.mode };
         let mut first_failure: Option<String> = None;
         for &way in ways(mode) {
             let tried = self.attempt(server, way)?;
             self.warn_of_clear(server, &tried);
             let error = match tried.result {
-                Ok(client) => return self.wanted(client),
+                Ok(made) => return self.wanted(made),
                 Err(error) => error,
             };
             let not_let_in = error.code().is_some_and(|code| code.code() == NOT_LET_IN);
@@ -168,26 +181,28 @@ impl Target {
         if let Some(address) = server.address {
             driver.hostaddr(address);
         }
-        if way == Way::Clear {
-            driver.ssl_mode(DriverMode::Disable);
-            return Ok(Tried { result: driver.connect(NoTls), over_tls: false });
-        }
-        driver.ssl_mode(if way == Way::Tls { DriverMode::Require } else { DriverMode::Prefer });
+        driver.ssl_mode(match way {
+            Way::Clear => DriverMode::Disable,
+            Way::TlsIfOffered => DriverMode::Prefer,
+            Way::Tls => DriverMode::Require,
+        });
+        let rustls = if way == Way::Clear { None } else { Some(rustls(&self.0.dsn.tls)?) };
         let begun = Arc::new(AtomicBool::new(false));
-        let result = driver.connect(Connector { rustls: rustls(&self.0.dsn.tls)?, begun: begun.clone() });
+        let maker = Maker::new(driver, Connector { rustls, begun: begun.clone() });
+        let result = maker.connect().map(|client| Made { client, maker });
         Ok(Tried { result, over_tls: begun.load(Ordering::Relaxed) })
     }
 
     /// Makes sure that the server is what is wanted; what the driver cannot ask itself.
-    fn wanted(&self, mut client: Client) -> Result<Client, StoreError> {
+    fn wanted(&self, mut made: Made) -> Result<Made, StoreError> {
         if self.0.dsn.target == SessionTarget::Primary {
             // Prepares nothing: the other end may be a pooler.
-            let row = client.query_typed_one("SELECT pg_catalog.pg_is_in_recovery()", &[]);
+            let row = made.client.query_typed_one("SELECT pg_catalog.pg_is_in_recovery()", &[]);
             if row.map_err(|error| StoreError::from(&error))?.get(0) {
                 return Err(StoreError::outage("it is a standby".into()));
             }
         }
-        Ok(client)
+        Ok(made)
     }
 
     fn warn_of_clear(&self, server: &Server, tried: &Tried) {
@@ -237,15 +252,16 @@ fn rustls(tls: &Tls) -> Result<MakeRustlsConnect, StoreError> {
     Ok(MakeRustlsConnect::new(client))
 }
 
-/// The adapter, and whether a handshake was begun through it.
+/// The adapter to rustls, `None` for a connection in clear, and whether a handshake was begun through it.
 #[derive(Clone)]
-struct Connector {
-    rustls: MakeRustlsConnect,
+pub(super) struct Connector {
+    rustls: Option<MakeRustlsConnect>,
     begun: Arc<AtomicBool>,
 }
 
-struct Connecting {
-    rustls: <MakeRustlsConnect as MakeTlsConnect<Socket>>::TlsConnect,
+/// A [`Connector`] for one server.
+pub(super) struct Connecting {
+    rustls: Option<<MakeRustlsConnect as MakeTlsConnect<Socket>>::TlsConnect>,
     begun: Arc<AtomicBool>,
 }
 
@@ -255,19 +271,25 @@ impl MakeTlsConnect<Socket> for Connector {
     type Error = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Error;
 
     fn make_tls_connect(&mut self, host: &str) -> Result<Connecting, Self::Error> {
-        let rustls = MakeTlsConnect::<Socket>::make_tls_connect(&mut self.rustls, host)?;
-        Ok(Connecting { rustls, begun: self.begun.clone() })
+        let make = |rustls: &mut MakeRustlsConnect| MakeTlsConnect::<Socket>::make_tls_connect(rustls, host);
+        Ok(Connecting { rustls: self.rustls.as_mut().map(make).transpose()?, begun: self.begun.clone() })
     }
 }
 
 impl TlsConnect<Socket> for Connecting {
     type Stream = <Connector as MakeTlsConnect<Socket>>::Stream;
     type Error = std::io::Error;
-    type Future = <<MakeRustlsConnect as MakeTlsConnect<Socket>>::TlsConnect as TlsConnect<Socket>>::Future;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Stream, Self::Error>> + Send>>;
 
     fn connect(self, socket: Socket) -> Self::Future {
-        self.begun.store(true, Ordering::Relaxed);
-        self.rustls.connect(socket)
+        match self.rustls {
+            Some(rustls) => {
+                self.begun.store(true, Ordering::Relaxed);
+                Box::pin(rustls.connect(socket))
+            }
+            // The driver, told to use no TLS, never asks for it.
+            None => Box::pin(async { Err(std::io::Error::other("TLS on a connection in clear")) }),
+        }
     }
 }
 
