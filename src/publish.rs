@@ -6,4 +6,5 @@
 
 pub mod announce;
 pub mod flight;
+pub mod memory;
 pub mod worker;

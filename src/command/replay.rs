@@ -34,7 +34,8 @@ use crate::nats::Publisher;
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimSettings, FoundEvent, FoundPublished, Selection, Store};
-use crate::publish::flight::{Publish, Unanswered, Unsettled};
+use crate::publish::flight::Publish;
+use crate::publish::memory::{Unanswered, Unsettled};
 
 /// Events of a page at most.
 const PAGE_MAX: usize = 500;

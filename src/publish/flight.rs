@@ -16,9 +16,9 @@
 //!
 //! Runs on a worker's thread. Never touches the database, never sleeps, and waits only with a deadline.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -34,6 +34,7 @@ use crate::nats::answer::{Answer, StreamFacts};
 use crate::nats::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Session};
 use crate::ops::metrics::Metrics;
 use crate::publish::announce::announce;
+use crate::publish::memory::{Unanswered, Unsettled};
 
 /// Unacknowledged events of all workers together. A stream's leader refuses more than 10,000 waiting messages
 /// (nats-server 2.11, `max_buffered_msgs`), and half of that already hides every round trip.
@@ -46,11 +47,6 @@ const BATCHES_OPEN_MAX: usize = 40;
 const HEADERS_MAX: usize = 65_535;
 /// `NATS/1.0` CR LF before the header lines and CR LF behind them.
 const HEADERS_FRAME: usize = 12;
-/// Published events whose settle failed that are remembered. More of them are published again, which the stream
-/// notices within its duplicate window.
-const UNSETTLED_MAX: usize = 100_000;
-/// Events whose silence is remembered. More than this are silent only when all are, and then it is an outage.
-const UNANSWERED_MAX: usize = 10_000;
 /// How the reason begins for an event that nobody answered: whether it was stored, nobody knows.
 pub const NO_ACK: &str = "no ack within ";
 
@@ -91,67 +87,6 @@ pub struct Report {
     pub duplicates: u64,
     /// Silent events that were put into retry without being charged an attempt.
     pub unanswered: u64,
-}
-
-/// How often in a row each event got no answer. In memory only: a restart begins to count anew.
-#[derive(Default)]
-pub struct Unanswered(Mutex<HashMap<Uuid, u32>>);
-
-impl Unanswered {
-    /// One more time; returns how often it was now.
-    fn again(&self, id: Uuid) -> u32 {
-        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if map.len() >= UNANSWERED_MAX && !map.contains_key(&id) {
-            return 1;
-        }
-        let repeats = map.entry(id).or_insert(0);
-        *repeats += 1;
-        *repeats
-    }
-
-    fn forget(&self, id: Uuid) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-    }
-}
-
-/// Events that were published, but whose settle failed: the next claim that reads them settles them without
-/// publishing them again. So a database that takes reads and no writes (a full disk) does not make the same events
-/// go out again and again, beyond the stream's duplicate window. In memory only: a restart forgets them.
-#[derive(Default)]
-pub struct Unsettled {
-    ids: Mutex<HashSet<Uuid>>,
-    /// How many there are, so that the usual case costs no lock.
-    count: AtomicUsize,
-}
-
-impl Unsettled {
-    /// These were published, and their settle failed.
-    pub fn remember(&self, ids: impl Iterator<Item = Uuid>) {
-        let mut set = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
-        for id in ids {
-            if set.len() < UNSETTLED_MAX {
-                set.insert(id);
-            }
-        }
-        self.count.store(set.len(), Ordering::Relaxed);
-    }
-
-    /// These are settled.
-    pub fn forget(&self, ids: impl Iterator<Item = Uuid>) {
-        if self.count.load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let mut set = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
-        for id in ids {
-            set.remove(&id);
-        }
-        self.count.store(set.len(), Ordering::Relaxed);
-    }
-
-    fn contains(&self, id: Uuid) -> bool {
-        self.count.load(Ordering::Relaxed) > 0
-            && self.ids.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
-    }
 }
 
 impl Publish {

@@ -24,7 +24,8 @@ use crate::ops::metrics::Metrics;
 use crate::ops::recent::Waiting;
 use crate::ops::upkeep::Upkeep;
 use crate::postgres::{ClaimSettings, Store, UPKEEP_STEP};
-use crate::publish::flight::{Publish, Unanswered, Unsettled};
+use crate::publish::flight::Publish;
+use crate::publish::memory::{Unanswered, Unsettled};
 use crate::publish::worker::{DrainCount, Finished, Job, Worker};
 
 /// What the threads have in common while they are started.
