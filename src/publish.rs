@@ -7,4 +7,6 @@
 pub mod announce;
 pub mod flight;
 pub mod memory;
+mod message;
+mod wire;
 pub mod worker;

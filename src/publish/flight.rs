@@ -27,7 +27,6 @@ use crate::boottime::Boottime;
 use crate::config::live::{Live, Settings};
 use crate::event::order::Order;
 use crate::event::retry::{self, Failure};
-use crate::event::topic_map;
 use crate::event::{Event, Outcome};
 use crate::failpoint;
 use crate::nats::answer::{Answer, StreamFacts};
@@ -35,6 +34,8 @@ use crate::nats::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Publisher, Se
 use crate::ops::metrics::Metrics;
 use crate::publish::announce::announce;
 use crate::publish::memory::{Unanswered, Unsettled};
+use crate::publish::message::{Messages, TargetStream};
+use crate::publish::wire::Wire;
 
 /// Unacknowledged events of all workers together. A stream's leader refuses more than 10,000 waiting messages
 /// (nats-server 2.11, `max_buffered_msgs`), and half of that already hides every round trip.
@@ -43,10 +44,6 @@ const IN_FLIGHT_MAX: usize = 5_000;
 const BATCH_EVENTS: (usize, usize) = (8, 1_000);
 /// Batches open at once, of all workers together. A stream takes 50, a server 1,000 (nats-server 2.12).
 const BATCHES_OPEN_MAX: usize = 40;
-/// A message's headers, first line included: JetStream's limit is 65,535 bytes (error 10097).
-const HEADERS_MAX: usize = 65_535;
-/// `NATS/1.0` CR LF before the header lines and CR LF behind them.
-const HEADERS_FRAME: usize = 12;
 /// How the reason begins for an event that nobody answered: whether it was stored, nobody knows.
 pub const NO_ACK: &str = "no ack within ";
 
@@ -111,59 +108,6 @@ impl Publish {
         flight.announce_the_dead();
         flight.land()
     }
-
-    /// Makes a message of an event, or says why it can never be one.
-    fn prepare(
-        &self,
-        live: &Settings,
-        event: &Arc<Event>,
-        max_payload: usize,
-        facts: Option<&StreamFacts>,
-    ) -> Result<Outgoing, Failure> {
-        let hopeless = |error: String| Err(Failure::Hopeless { error });
-        if let Some(reason) = &event.unreadable {
-            return hopeless(reason.clone());
-        }
-        let subject = live.topic_map.subject(&event.topic);
-        if let Err(reason) = topic_map::is_literal_subject(&subject) {
-            return hopeless(format!("subject {subject:?} cannot be published to: {reason}"));
-        }
-        // $JS, $SYS and the like command the server; an inbox is somebody's, perhaps our own.
-        if subject.starts_with('$') || subject.starts_with("_INBOX.") || self.publisher.is_inbox(&subject) {
-            return hopeless(format!(
-                "subject {subject:?} is reserved for NATS itself: map the topic elsewhere"
-            ));
-        }
-        let headers = live.headers.build(event);
-        if headers.altered.count > 0 {
-            self.metrics.headers_altered(1);
-            log::warn!("metadata changed: event={} seq={} {}", event.id, event.seq, headers.altered);
-        }
-        let header_bytes = HEADERS_FRAME + headers.block.len();
-        let bytes = header_bytes + event.payload.len();
-        if bytes > max_payload {
-            return hopeless(format!(
-                "message of {bytes} B is over the server's max_payload of {max_payload} B"
-            ));
-        }
-        if self.jetstream && header_bytes > HEADERS_MAX {
-            return hopeless(format!(
-                "metadata makes {header_bytes} B of headers, over JetStream's limit of {HEADERS_MAX} B"
-            ));
-        }
-        for (limit, name) in [
-            (facts.and_then(|facts| facts.max_msg_size), "max_msg_size"),
-            (facts.and_then(|facts| facts.max_bytes), "max_bytes"),
-        ] {
-            if let Some(limit) = limit.filter(|&limit| bytes > limit) {
-                let stream = &self.stream;
-                return hopeless(format!(
-                    "message of {bytes} B is over stream {stream}'s {name} of {limit} B"
-                ));
-            }
-        }
-        Ok(Outgoing { subject: subject.into_owned(), headers: headers.block, event: event.clone() })
-    }
 }
 
 /// One claim on its way through one session.
@@ -171,6 +115,7 @@ struct Flight<'a> {
     publish: &'a Publish,
     live: &'a Settings,
     session: &'a Session,
+    messages: Messages<'a>,
     events: &'a [Arc<Event>],
     budget: Boottime,
     window: usize,
@@ -228,14 +173,18 @@ impl<'a> Flight<'a> {
         } else {
             Order::none(events.len())
         };
+        let facts = publish.publisher.facts();
+        let wire = Wire { publisher: &publish.publisher, session, ack_timeout: publish.ack_timeout };
+        let stream = publish.jetstream.then(|| TargetStream { name: &publish.stream, facts: facts.clone() });
         Flight {
             publish,
             live,
             session,
+            messages: Messages { wire, live, stream, metrics: &publish.metrics },
             events,
             budget,
             window: (IN_FLIGHT_MAX / publish.workers).max(1),
-            facts: publish.publisher.facts(),
+            facts,
             order,
             outcomes: vec![Outcome::Untouched; events.len()],
             singly: vec![false; events.len()],
@@ -286,7 +235,7 @@ impl<'a> Flight<'a> {
                 result = self.send_from(index);
             }
         }
-        let deadline = Instant::now() + self.publish.ack_timeout;
+        let deadline = self.messages.wire.deadline();
         match result.and_then(|()| self.session.hand_over(deadline)) {
             Ok(()) => {
                 for _ in before..self.waits.len() {
@@ -300,7 +249,7 @@ impl<'a> Flight<'a> {
     /// Publishes an event, or the batch that begins with it.
     fn send_from(&mut self, index: usize) -> Result<(), NotSent> {
         let run = self.batch_from(index);
-        let deadline = Instant::now() + self.publish.ack_timeout;
+        let deadline = self.messages.wire.deadline();
         let sent =
             if run.is_batch() { self.send_batch(&run, deadline) } else { self.send_event(index, deadline) };
         if let Some(token) = sent? {
@@ -352,13 +301,8 @@ impl<'a> Flight<'a> {
     /// Sends a run as one batch. An event that can never be a message, or not with what a batch adds to its headers,
     /// sends them all one by one: its turn will come.
     fn send_batch(&mut self, run: &Run, deadline: Instant) -> Result<Option<u64>, NotSent> {
-        let max_payload = self.session.max_payload();
-        let facts = self.facts.as_deref();
-        let messages: Result<Vec<Outgoing>, Failure> = run
-            .events
-            .iter()
-            .map(|&index| self.publish.prepare(self.live, &self.events[index], max_payload, facts))
-            .collect();
+        let messages: Result<Vec<Outgoing>, Failure> =
+            run.events.iter().map(|&index| self.messages.make(&self.events[index])).collect();
         let Ok(mut messages) = messages else {
             self.send_singly(run);
             return Ok(None);
@@ -372,7 +316,7 @@ impl<'a> Flight<'a> {
                 message.headers
             );
             // The server would close the connection, whenever they are sent as a batch.
-            if HEADERS_FRAME + message.headers.len() + message.event.payload.len() > max_payload {
+            if !self.messages.fits(message) {
                 self.send_singly(run);
                 return Ok(None);
             }
@@ -395,8 +339,7 @@ impl<'a> Flight<'a> {
 
     /// The message of an event; `None` when the event can never be one, which is then its outcome.
     fn prepare(&mut self, index: usize) -> Option<Outgoing> {
-        let max_payload = self.session.max_payload();
-        match self.publish.prepare(self.live, &self.events[index], max_payload, self.facts.as_deref()) {
+        match self.messages.make(&self.events[index]) {
             Ok(message) => Some(message),
             Err(failure) => {
                 self.fail(index, &failure);
@@ -497,7 +440,7 @@ impl<'a> Flight<'a> {
         let probed = if self.silent.is_empty() {
             publisher.fresh_facts(self.session, &mut hear)
         } else {
-            let deadline = Instant::now() + self.publish.ack_timeout;
+            let deadline = self.messages.wire.deadline();
             self.session.probe(deadline, &mut hear).map(Arc::new)
         };
         for (token, answer) in late {
@@ -521,7 +464,7 @@ impl<'a> Flight<'a> {
                 let waited = if self.silent.is_empty() {
                     String::new()
                 } else {
-                    format!("no ack within {}s; ", self.publish.ack_timeout.as_secs_f64())
+                    format!("no ack within {}; ", self.messages.wire.patience())
                 };
                 let cause = format!("{waited}{}", failure.cause());
                 if matches!(failure, ProbeFailure::Link(_)) {
@@ -536,9 +479,9 @@ impl<'a> Flight<'a> {
         let event = &self.events[index];
         let failure = Failure::Unanswered {
             error: format!(
-                "{NO_ACK}{}s though server and stream answer: is {} a subject of the stream, or does \
+                "{NO_ACK}{} though server and stream answer: is {} a subject of the stream, or does \
                  somebody else take it?",
-                self.publish.ack_timeout.as_secs_f64(),
+                self.messages.wire.patience(),
                 self.live.topic_map.subject(&event.topic)
             ),
             repeats: self.publish.unanswered.again(event.id),
@@ -603,7 +546,7 @@ impl<'a> Flight<'a> {
                 && !self.publish.unsettled.contains(self.events[index].id)
             {
                 let Some(message) = self.prepare(index) else { break };
-                let deadline = Instant::now() + self.publish.ack_timeout;
+                let deadline = self.messages.wire.deadline();
                 if let Err(not_sent) = self.session.publish(message, self.budget, deadline) {
                     self.outage = Some(not_sent.cause());
                     return round;
@@ -621,10 +564,10 @@ impl<'a> Flight<'a> {
 
     /// Waits until the server has processed all that was sent; returns the subjects that it denied.
     fn fence(&mut self) -> Result<Vec<String>, String> {
-        let deadline = Instant::now() + self.publish.ack_timeout;
+        let deadline = self.messages.wire.deadline();
         self.session.fence(deadline).map_err(|no_fence| match no_fence {
             NoFence::Silence => {
-                let cause = format!("no fence within {}s", self.publish.ack_timeout.as_secs_f64());
+                let cause = format!("no fence within {}", self.messages.wire.patience());
                 self.publish.publisher.abandon(self.session, &cause, 0);
                 cause
             }
