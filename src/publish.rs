@@ -4,9 +4,22 @@
 //! settles, the connection to NATS, and what an event is; it never chooses lanes and never connects. Every wait for NATS
 //! has a deadline; an outage is charged to no event.
 
-pub mod announce;
-pub mod flight;
-pub mod memory;
+mod announce;
+mod batch;
+mod core;
+mod flight;
+mod in_flight;
+mod jetstream;
+mod memory;
 mod message;
+mod outcomes;
+mod verdict;
+mod window;
 mod wire;
-pub mod worker;
+mod worker;
+
+pub use self::flight::{Protocol, Publish};
+pub use self::memory::Memory;
+pub use self::outcomes::ClaimReport;
+pub use self::verdict::NO_ACK;
+pub use self::worker::{DrainCount, Finished, Job, ReadSummary, Stage, Worker};

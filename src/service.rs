@@ -27,7 +27,7 @@ use crate::config::{Changes, Config};
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::Store;
-use crate::publish::worker::DrainCount;
+use crate::publish::DrainCount;
 
 mod parts;
 mod threads;

@@ -39,7 +39,7 @@ use crate::nats::Publisher;
 use crate::ops::health::{Health, Heartbeat, Part};
 use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimLimits, Fresh, Head, Large, Locked, Opening, Sessions, Store, StoreError};
-use crate::publish::worker::{Finished, Job, Stage};
+use crate::publish::{Finished, Job, Stage};
 
 /// First and longest pause between claims that fail.
 const TROUBLE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));

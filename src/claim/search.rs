@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::lane::marks::{Basis, Cursors};
 use crate::lane::{ByLane, LANES, by_lane};
 use crate::postgres::{Found, LaneEnd, ServerLife, StoreError};
-use crate::publish::worker::{Finished, Job, ReadSummary};
+use crate::publish::{Finished, Job, ReadSummary};
 
 /// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
 pub(super) const REST_MIN: Duration = Duration::from_millis(5);

@@ -26,7 +26,7 @@ use crate::nats::Publisher;
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{CHANGE_MAX, Change, ClaimSettings, Letter, Selection, Store, Whole};
-use crate::publish::flight;
+use crate::publish;
 
 /// Dead letters of one run at most.
 const SELECTED_MAX: i64 = 1_000_000;
@@ -398,7 +398,7 @@ enum Seen {
 /// Whether the stream may have stored the event's message id, and how many seconds ago at least.
 fn seen(letter: &Letter) -> Option<(Seen, f64)> {
     let copy = letter.copy_published.map(|ago| (Seen::Copy, ago));
-    let unacked = letter.error.starts_with(flight::NO_ACK).then_some(letter.dead_for).flatten();
+    let unacked = letter.error.starts_with(publish::NO_ACK).then_some(letter.dead_for).flatten();
     copy.or(unacked.map(|ago| (Seen::Unacked, ago)))
 }
 

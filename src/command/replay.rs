@@ -34,8 +34,7 @@ use crate::nats::Publisher;
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimSettings, FoundEvent, FoundPublished, Selection, Store};
-use crate::publish::flight::Publish;
-use crate::publish::memory::{Unanswered, Unsettled};
+use crate::publish::{Memory, Protocol, Publish};
 
 /// Events of a page at most.
 const PAGE_MAX: usize = 500;
@@ -177,6 +176,7 @@ impl Sender {
         if let Some(stream) = &replay.stream {
             config.nats.jetstream.stream_name.clone_from(stream);
         }
+        config.nats.jetstream.atomic_batches = false;
         if let Some(prefix) = &replay.prefix {
             topic_map::is_literal_subject(prefix).map_err(|why| anyhow!("--prefix {prefix}: {why}"))?;
         }
@@ -193,14 +193,11 @@ impl Sender {
             publisher,
             live: Live::new(settings),
             ordered: config.ordering.enabled,
-            jetstream: config.nats.jetstream.enabled,
-            stream: config.nats.jetstream.stream_name.clone(),
-            batches: false,
+            protocol: Protocol::of(&config.nats.jetstream),
             ack_timeout: config.nats.ack_timeout,
             workers: 1,
             draining: stop.clone(),
-            unanswered: Unanswered::default(),
-            unsettled: Unsettled::default(),
+            memory: Memory::default(),
             metrics: Metrics::new(),
         };
         let mut sender = Sender {

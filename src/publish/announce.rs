@@ -31,7 +31,7 @@ const FRAME: usize = 64;
 ///
 /// # Errors
 /// NATS was lost, and why.
-pub fn announce(
+pub(super) fn announce(
     live: &Settings,
     session: &Session,
     events: &[Arc<Event>],

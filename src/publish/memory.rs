@@ -16,9 +16,18 @@ const UNSETTLED_MAX: usize = 100_000;
 /// Events whose silence is remembered. More than this are silent only when all are, and then it is an outage.
 const UNANSWERED_MAX: usize = 10_000;
 
+/// What the workers of a process remember beyond a claim.
+#[derive(Default)]
+pub struct Memory {
+    /// Events that were not answered, and how often in a row.
+    pub(super) unanswered: Unanswered,
+    /// Events that were published and could not be settled.
+    pub(super) unsettled: Unsettled,
+}
+
 /// How often in a row each event got no answer. In memory only: a restart begins to count anew.
 #[derive(Default)]
-pub struct Unanswered(Mutex<HashMap<Uuid, u32>>);
+pub(super) struct Unanswered(Mutex<HashMap<Uuid, u32>>);
 
 impl Unanswered {
     /// One more time; returns how often it was now.
@@ -41,7 +50,7 @@ impl Unanswered {
 /// publishing them again. So a database that takes reads and no writes (a full disk) does not make the same events
 /// go out again and again, beyond the stream's duplicate window. In memory only: a restart forgets them.
 #[derive(Default)]
-pub struct Unsettled {
+pub(super) struct Unsettled {
     ids: Mutex<HashSet<Uuid>>,
     /// How many there are, so that the usual case costs no lock.
     count: AtomicUsize,
@@ -49,7 +58,7 @@ pub struct Unsettled {
 
 impl Unsettled {
     /// These were published, and their settle failed.
-    pub fn remember(&self, ids: impl Iterator<Item = Uuid>) {
+    pub(super) fn remember(&self, ids: impl Iterator<Item = Uuid>) {
         let mut set = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
         for id in ids {
             if set.len() < UNSETTLED_MAX {
@@ -60,7 +69,7 @@ impl Unsettled {
     }
 
     /// These are settled.
-    pub fn forget(&self, ids: impl Iterator<Item = Uuid>) {
+    pub(super) fn forget(&self, ids: impl Iterator<Item = Uuid>) {
         if self.count.load(Ordering::Relaxed) == 0 {
             return;
         }

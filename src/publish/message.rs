@@ -35,7 +35,6 @@ pub(super) struct Messages<'a> {
 }
 
 /// The stream that messages are for.
-#[derive(Clone)]
 pub(super) struct TargetStream<'a> {
     /// Its name.
     pub(super) name: &'a str,

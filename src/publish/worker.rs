@@ -21,7 +21,8 @@ use crate::lane::marks::Basis;
 use crate::ops::health::Heartbeat;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{Claim, LaneEnd, Large, Locked, Settled, StoreError};
-use crate::publish::flight::{Publish, Report};
+use crate::publish::flight::Publish;
+use crate::publish::outcomes::ClaimReport;
 
 /// A claim on its way from the claimer to a worker.
 pub struct Job {
@@ -171,7 +172,7 @@ impl Worker {
         match claim.settle(outcomes()) {
             Ok(settled) => {
                 self.failed_settles.store(0, Ordering::Relaxed);
-                self.publish.unsettled.forget(published());
+                self.publish.memory.unsettled.forget(published());
                 self.metrics.settle_took(settling.elapsed());
                 self.metrics.claim_took(Boottime::now().since(read_at));
                 self.count(&settled, &report);
@@ -198,7 +199,7 @@ impl Worker {
             }
             Err(error) => {
                 self.metrics.postgres_error();
-                self.publish.unsettled.remember(published());
+                self.publish.memory.unsettled.remember(published());
                 let failures = self.failed_settles.fetch_add(1, Ordering::Relaxed);
                 let level = if failures == 0 { log::Level::Error } else { log::Level::Debug };
                 log::log!(level, "settle failed, will settle again: events={touched}: {error}");
@@ -207,7 +208,7 @@ impl Worker {
         }
     }
 
-    fn count(&self, settled: &Settled, report: &Report) {
+    fn count(&self, settled: &Settled, report: &ClaimReport) {
         self.metrics.published(settled.published, report.duplicates);
         self.metrics.retried(settled.retried.saturating_sub(report.unanswered));
         self.metrics.dead(settled.dead);

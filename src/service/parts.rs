@@ -24,9 +24,7 @@ use crate::ops::metrics::Metrics;
 use crate::ops::recent::Waiting;
 use crate::ops::upkeep::Upkeep;
 use crate::postgres::{ClaimSettings, Store, UPKEEP_STEP};
-use crate::publish::flight::Publish;
-use crate::publish::memory::{Unanswered, Unsettled};
-use crate::publish::worker::{DrainCount, Finished, Job, Worker};
+use crate::publish::{DrainCount, Finished, Job, Memory, Protocol, Publish, Worker};
 
 /// What the threads have in common while they are started.
 pub(super) struct Parts<'a> {
@@ -128,14 +126,11 @@ impl<'a> Parts<'a> {
             publisher,
             live: self.live.clone(),
             ordered: ordering.enabled,
-            jetstream: nats.jetstream.enabled,
-            stream: nats.jetstream.stream_name.clone(),
-            batches: nats.jetstream.atomic_batches,
+            protocol: Protocol::of(&nats.jetstream),
             ack_timeout: nats.ack_timeout,
             workers: dispatcher.workers,
             draining: self.draining.clone(),
-            unanswered: Unanswered::default(),
-            unsettled: Unsettled::default(),
+            memory: Memory::default(),
             metrics: self.metrics.clone(),
         }
     }
