@@ -6,10 +6,12 @@
 //! file but those in which secrets stand, and at no server; whether those agree is for `pg-outbox check` and for
 //! the connections to find out. Secrets are kept in [`Secret`] and occur in no message. `config/yaml.rs` turns text into nodes that know
 //! their lines, `config/reading.rs` takes the keys out and gathers the problems, `config/values.rs` says what
-//! each kind of value may be, `config/secrets.rs` reads the ones that stand elsewhere, `config/changes.rs` says
+//! each kind of value may be, `config/faults.rs` is what
+//! can be wrong, `config/secrets.rs` reads the ones that stand elsewhere, `config/changes.rs` says
 //! what a reload may change; the keys, their defaults, ranges and mutual limits are in this file.
 
 mod changes;
+mod faults;
 pub mod live;
 mod reading;
 mod secrets;
@@ -27,6 +29,7 @@ use std::time::Duration;
 use crate::event::topic_map::TopicMap;
 use crate::tls::{Check, Roots, Tls};
 pub use changes::Changes;
+pub use faults::ConfigError;
 use reading::{Reading, Section};
 use secrets::Credentials;
 use values::{Login, NatsUrls};
@@ -411,41 +414,6 @@ pub struct Metrics {
     pub path: String,
 }
 
-/// All that is wrong with a configuration. Displays one problem a line, in the order of the file:
-/// `file:line:column: key: what is wrong; what is allowed`, or `environment: VARIABLE: ...`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConfigError {
-    problems: Vec<String>,
-}
-
-impl ConfigError {
-    /// The problems, each on one line; at least one.
-    pub fn problems(&self) -> &[String] {
-        &self.problems
-    }
-
-    fn of_yaml(name: &str, error: &serde_yaml::Error) -> ConfigError {
-        let reason = error.to_string();
-        let problem = match error.location() {
-            None => format!("{name}: not YAML: {reason}"),
-            Some(location) => {
-                let (line, column) = (location.line(), location.column());
-                let reason = reason.replacen(&format!(" at line {line} column {column}"), "", 1);
-                format!("{name}:{line}:{column}: not YAML: {reason}")
-            }
-        };
-        ConfigError { problems: vec![problem] }
-    }
-}
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.problems.join("\n"))
-    }
-}
-
-impl std::error::Error for ConfigError {}
-
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -633,7 +601,7 @@ struct Keys<'r, 'e, 'n> {
 }
 
 impl Keys<'_, '_, '_> {
-    fn of<T, E: Into<reading::Faults>>(
+    fn of<T, E: Into<faults::Faults>>(
         &mut self,
         name: &str,
         default: T,
@@ -643,7 +611,7 @@ impl Keys<'_, '_, '_> {
     }
 
     /// The same for a value that may stand elsewhere: in a file, or among systemd's credentials.
-    fn secret<T, E: Into<reading::Faults>>(
+    fn secret<T, E: Into<faults::Faults>>(
         &mut self,
         name: &str,
         default: T,

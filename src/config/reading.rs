@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
-use super::ConfigError;
+use super::faults::{ConfigError, Faults, Place, Problem};
 use super::secrets::Credentials;
 use super::values::{name, shown};
 use super::yaml::{self, Node, Value};
@@ -23,58 +23,6 @@ const OVERRIDES: [(&str, &str); 4] = [
     ("dispatcher.instance_id", "DISPATCHER_INSTANCE_ID"),
     ("logging.level", "LOG_LEVEL"),
 ];
-
-/// What is wrong with one value: one fault, or several within a list or mapping.
-#[derive(Debug, Default)]
-pub(super) struct Faults(Vec<Fault>);
-
-#[derive(Debug)]
-struct Fault {
-    /// The node within the value; `None` for the value itself.
-    node: Option<usize>,
-    /// What to append to the key, such as `[2]`.
-    suffix: String,
-    text: String,
-}
-
-impl Faults {
-    pub(super) fn add(&mut self, node: Option<usize>, suffix: String, text: String) {
-        self.0.push(Fault { node, suffix, text });
-    }
-
-    pub(super) fn extend(&mut self, other: Faults) {
-        self.0.extend(other.0);
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// What the first of them says; empty without any.
-    pub(super) fn first_text(self) -> String {
-        self.0.into_iter().next().map(|fault| fault.text).unwrap_or_default()
-    }
-}
-
-impl From<String> for Faults {
-    fn from(text: String) -> Faults {
-        Faults(vec![Fault { node: None, suffix: String::new(), text }])
-    }
-}
-
-/// Where a value comes from. Problems are sorted by it: the file from its beginning, then the environment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Place {
-    Node(usize),
-    Environment(&'static str),
-}
-
-struct Problem {
-    place: Place,
-    /// The key in full; empty for the file as a whole.
-    key: String,
-    text: String,
-}
 
 /// A key that has a value, not just a default.
 struct Given {

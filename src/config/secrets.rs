@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use super::reading::Faults;
+use super::faults::Faults;
 use super::yaml::{Node, Value};
 
 /// Largest file that is taken for a secret, in bytes.

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Secret;
-use super::reading::Faults;
+use super::faults::Faults;
 use super::yaml::{Node, Value};
 use crate::event::header_rules;
 use crate::event::topic_map::{self, TopicMap};
