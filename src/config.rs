@@ -30,9 +30,9 @@ use crate::event::topic_map::TopicMap;
 use crate::tls::{Check, Roots, Tls};
 pub use changes::Changes;
 pub use faults::ConfigError;
-use reading::{Reading, Section};
+use reading::{ConfigReading, Section};
 use secrets::Credentials;
-use values::{Login, NatsUrls};
+use values::{NatsUrls, UrlLogin};
 
 /// The configuration file that is read unless another is named.
 pub const DEFAULT_PATH: &str = "/etc/pg-outbox/config.yaml";
@@ -127,13 +127,13 @@ impl Config {
         environment: impl Fn(&str) -> Option<String>,
     ) -> Result<Config, ConfigError> {
         let root = yaml::parse(text).map_err(|error| ConfigError::of_yaml(name, &error))?;
-        let mut reading = Reading::new(&environment, Credentials::of(name, &environment));
+        let mut reading = ConfigReading::new(&environment, Credentials::of(name, &environment));
         let config = Config::read(&mut reading, &root);
         reading.finish(name, text)?;
         Ok(config)
     }
 
-    fn read(reading: &mut Reading<'_>, node: &yaml::Node) -> Config {
+    fn read(reading: &mut ConfigReading<'_>, node: &yaml::Node) -> Config {
         let root = reading.root(node);
         let config = Config {
             dispatcher: dispatcher(reading, &root),
@@ -425,7 +425,7 @@ fn up_to(longest: Duration) -> RangeInclusive<Duration> {
     10 * MS..=longest
 }
 
-fn dispatcher(reading: &mut Reading<'_>, root: &Section<'_>) -> Dispatcher {
+fn dispatcher(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Dispatcher {
     use values::{count, duration, instance_id, size};
     let section = reading.section(root, "dispatcher");
     let mut value = Keys { reading, section: &section };
@@ -445,7 +445,7 @@ fn dispatcher(reading: &mut Reading<'_>, root: &Section<'_>) -> Dispatcher {
     }
 }
 
-fn ordering(reading: &mut Reading<'_>, root: &Section<'_>) -> Ordering {
+fn ordering(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Ordering {
     use values::{boolean, one_of};
     let section = reading.section(root, "ordering");
     let mut value = Keys { reading, section: &section };
@@ -456,7 +456,7 @@ fn ordering(reading: &mut Reading<'_>, root: &Section<'_>) -> Ordering {
     }
 }
 
-fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
+fn database(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Database {
     use PreparedStatements::{Always, Auto, Never};
     use values::{boolean, count, dsn, duration, file, one_of, optional_dsn, schema, secret, user};
     let section = reading.section(root, "database");
@@ -494,7 +494,7 @@ fn database(reading: &mut Reading<'_>, root: &Section<'_>) -> Database {
     database
 }
 
-fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
+fn nats(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Nats {
     use values::{
         allowed_headers, count, dead_letter_subject, duration, file, inbox_prefix, nats_urls, secret, topics,
         user,
@@ -529,7 +529,7 @@ fn nats(reading: &mut Reading<'_>, root: &Section<'_>) -> Nats {
     }
 }
 
-fn nats_tls(reading: &mut Reading<'_>, nats: &Section<'_>) -> NatsTls {
+fn nats_tls(reading: &mut ConfigReading<'_>, nats: &Section<'_>) -> NatsTls {
     use values::file;
     let section = reading.section(nats, "tls");
     let mut value = Keys { reading, section: &section };
@@ -542,7 +542,7 @@ fn nats_tls(reading: &mut Reading<'_>, nats: &Section<'_>) -> NatsTls {
     tls
 }
 
-fn jetstream(reading: &mut Reading<'_>, nats: &Section<'_>) -> JetStream {
+fn jetstream(reading: &mut ConfigReading<'_>, nats: &Section<'_>) -> JetStream {
     use values::{boolean, count, duration, one_of, stream_name, subjects};
     let section = reading.section(nats, "jetstream");
     let mut value = Keys { reading, section: &section };
@@ -559,7 +559,7 @@ fn jetstream(reading: &mut Reading<'_>, nats: &Section<'_>) -> JetStream {
     }
 }
 
-fn partitions(reading: &mut Reading<'_>, root: &Section<'_>) -> Partitions {
+fn partitions(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Partitions {
     use values::{count, duration_or_off};
     let section = reading.section(root, "partitions");
     let mut value = Keys { reading, section: &section };
@@ -569,7 +569,7 @@ fn partitions(reading: &mut Reading<'_>, root: &Section<'_>) -> Partitions {
     }
 }
 
-fn logging(reading: &mut Reading<'_>, root: &Section<'_>) -> Logging {
+fn logging(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Logging {
     use log::LevelFilter::{Debug, Error, Info, Trace, Warn};
     use values::one_of;
     let section = reading.section(root, "logging");
@@ -582,7 +582,7 @@ fn logging(reading: &mut Reading<'_>, root: &Section<'_>) -> Logging {
     }
 }
 
-fn metrics(reading: &mut Reading<'_>, root: &Section<'_>) -> Metrics {
+fn metrics(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Metrics {
     use values::{address, boolean, count, metrics_path};
     let section = reading.section(root, "metrics");
     let mut value = Keys { reading, section: &section };
@@ -596,7 +596,7 @@ fn metrics(reading: &mut Reading<'_>, root: &Section<'_>) -> Metrics {
 
 /// The keys of one section, so that the lists above read as tables: key, default, what is allowed.
 struct Keys<'r, 'e, 'n> {
-    reading: &'r mut Reading<'e>,
+    reading: &'r mut ConfigReading<'e>,
     section: &'r Section<'n>,
 }
 
@@ -634,7 +634,7 @@ impl Keys<'_, '_, '_> {
 
 /// The ways to log in to NATS that are written; one is allowed.
 struct Logins {
-    in_url: Option<Login>,
+    in_url: Option<UrlLogin>,
     user: Option<String>,
     password: Option<Secret>,
     token: Option<Secret>,
@@ -643,7 +643,7 @@ struct Logins {
 }
 
 impl Logins {
-    fn choose(self, reading: &mut Reading<'_>) -> NatsAuth {
+    fn choose(self, reading: &mut ConfigReading<'_>) -> NatsAuth {
         let ways = [
             (self.in_url.is_some(), "nats.url"),
             (self.token.is_some(), "nats.token"),
@@ -659,10 +659,10 @@ impl Logins {
             return NatsAuth::None;
         }
         match self {
-            Logins { in_url: Some(Login::UserPassword(user, password)), .. } => {
+            Logins { in_url: Some(UrlLogin::UserPassword(user, password)), .. } => {
                 NatsAuth::UserPassword(user, password)
             }
-            Logins { in_url: Some(Login::Token(token)), .. } | Logins { token: Some(token), .. } => {
+            Logins { in_url: Some(UrlLogin::Token(token)), .. } | Logins { token: Some(token), .. } => {
                 NatsAuth::Token(token)
             }
             Logins { nkey_file: Some(path), .. } => NatsAuth::NkeyFile(path),
@@ -683,7 +683,7 @@ impl Logins {
 }
 
 /// Reports values that are fine each on its own, but not together.
-fn check_together(reading: &mut Reading<'_>, config: &Config) {
+fn check_together(reading: &mut ConfigReading<'_>, config: &Config) {
     let Config { dispatcher, database, nats, .. } = config;
     let shown = humantime::format_duration;
 

@@ -83,14 +83,14 @@ impl From<String> for Faults {
 
 /// Where a value comes from. Problems are sorted by it: the file from its beginning, then the environment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Place {
+pub(super) enum WrittenAt {
     Node(usize),
     Environment(&'static str),
 }
 
 /// What is wrong with the configuration at one place.
 pub(super) struct Problem {
-    pub(super) place: Place,
+    pub(super) place: WrittenAt,
     /// The key in full; empty for the file as a whole.
     pub(super) key: String,
     pub(super) text: String,

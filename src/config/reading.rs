@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
-use super::faults::{ConfigError, Faults, Place, Problem};
+use super::faults::{ConfigError, Faults, Problem, WrittenAt};
 use super::secrets::Credentials;
 use super::values::{name, shown};
 use super::yaml::{self, Node, Value};
@@ -26,7 +26,7 @@ const OVERRIDES: [(&str, &str); 4] = [
 
 /// A key that has a value, not just a default.
 struct Given {
-    place: Place,
+    place: WrittenAt,
     good: bool,
 }
 
@@ -42,7 +42,7 @@ impl Section<'_> {
     }
 }
 
-pub(super) struct Reading<'e> {
+pub(super) struct ConfigReading<'e> {
     environment: &'e dyn Fn(&str) -> Option<String>,
     credentials: Credentials,
     problems: Vec<Problem>,
@@ -52,12 +52,12 @@ pub(super) struct Reading<'e> {
     given: HashMap<String, Given>,
 }
 
-impl<'e> Reading<'e> {
+impl<'e> ConfigReading<'e> {
     pub(super) fn new(
         environment: &'e dyn Fn(&str) -> Option<String>,
         credentials: Credentials,
-    ) -> Reading<'e> {
-        Reading {
+    ) -> ConfigReading<'e> {
+        ConfigReading {
             environment,
             credentials,
             problems: Vec::new(),
@@ -69,7 +69,7 @@ impl<'e> Reading<'e> {
 
     /// The file as a whole.
     pub(super) fn root<'n>(&mut self, node: &'n Node) -> Section<'n> {
-        self.given.insert(String::new(), Given { place: Place::Node(node.id), good: true });
+        self.given.insert(String::new(), Given { place: WrittenAt::Node(node.id), good: true });
         Section { path: String::new(), entries: self.entries(node, "") }
     }
 
@@ -80,7 +80,7 @@ impl<'e> Reading<'e> {
         let entries = match find(parent, name) {
             None => &[][..],
             Some((key, value)) => {
-                self.given.insert(path.clone(), Given { place: Place::Node(key.id), good: true });
+                self.given.insert(path.clone(), Given { place: WrittenAt::Node(key.id), good: true });
                 self.entries(value, &path)
             }
         };
@@ -93,7 +93,7 @@ impl<'e> Reading<'e> {
             Value::Null => &[],
             _ => {
                 let text = format!("{} where a mapping of keys to values is due", shown(node));
-                self.problems.push(Problem { place: Place::Node(node.id), key: path.to_owned(), text });
+                self.problems.push(Problem { place: WrittenAt::Node(node.id), key: path.to_owned(), text });
                 &[]
             }
         }
@@ -118,7 +118,7 @@ impl<'e> Reading<'e> {
         };
         for fault in faults.0 {
             let place = match (place, fault.node) {
-                (Place::Node(_), Some(node)) => Place::Node(node),
+                (WrittenAt::Node(_), Some(node)) => WrittenAt::Node(node),
                 _ => place,
             };
             self.problems.push(Problem { place, key: key.clone() + &fault.suffix, text: fault.text });
@@ -126,18 +126,23 @@ impl<'e> Reading<'e> {
         default
     }
 
-    fn find_value<'n>(&self, section: &Section<'n>, name: &str, key: &str) -> Option<(Place, Cow<'n, Node>)> {
+    fn find_value<'n>(
+        &self,
+        section: &Section<'n>,
+        name: &str,
+        key: &str,
+    ) -> Option<(WrittenAt, Cow<'n, Node>)> {
         let variable =
             OVERRIDES.iter().find(|(overridden, _)| *overridden == key).map(|(_, variable)| *variable);
         if let Some(variable) = variable
             && let Some(text) = (self.environment)(variable).filter(|text| !text.is_empty())
         {
             let node = Node { id: 0, value: Value::Text(text) };
-            return Some((Place::Environment(variable), Cow::Owned(node)));
+            return Some((WrittenAt::Environment(variable), Cow::Owned(node)));
         }
         match find(section, name) {
             Some((_, value)) if !matches!(value.value, Value::Null) => {
-                Some((Place::Node(value.id), Cow::Borrowed(value)))
+                Some((WrittenAt::Node(value.id), Cow::Borrowed(value)))
             }
             _ => None,
         }
@@ -170,7 +175,7 @@ impl<'e> Reading<'e> {
     pub(super) fn missing(&mut self, section: &Section<'_>, name: &str, text: String) {
         let place =
             [section.path.as_str(), ""].iter().find_map(|path| self.given.get(*path)).map(|g| g.place);
-        let place = place.unwrap_or(Place::Node(0));
+        let place = place.unwrap_or(WrittenAt::Node(0));
         self.problems.push(Problem { place, key: section.key(name), text });
     }
 
@@ -199,7 +204,7 @@ impl<'e> Reading<'e> {
                 None
             };
             match problem {
-                Some(text) => self.problems.push(Problem { place: Place::Node(key.id), key: full, text }),
+                Some(text) => self.problems.push(Problem { place: WrittenAt::Node(key.id), key: full, text }),
                 None => self.check_keys_below(value, &full),
             }
         }
@@ -242,8 +247,8 @@ impl<'e> Reading<'e> {
         self.problems.truncate(MAX_PROBLEMS);
         let line = |problem: &Problem| {
             let (place, source) = match problem.place {
-                Place::Environment(variable) => ((usize::MAX, 0), format!("environment: {variable}")),
-                Place::Node(id) => {
+                WrittenAt::Environment(variable) => ((usize::MAX, 0), format!("environment: {variable}")),
+                WrittenAt::Node(id) => {
                     let (line, column) = yaml::locate(text, id).unwrap_or((1, 1));
                     let key = &problem.key;
                     let separator = if key.is_empty() { "" } else { ": " };

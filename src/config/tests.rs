@@ -102,7 +102,7 @@ fn the_shipped_file_has_every_key() {
         })
         .collect();
     let node = yaml::parse(&uncommented.join("\n")).unwrap();
-    let mut reading = Reading::new(&|_| None, Credentials::of("config.yaml", |_| None));
+    let mut reading = ConfigReading::new(&|_| None, Credentials::of("config.yaml", |_| None));
     Config::read(&mut reading, &node);
     let known: BTreeSet<String> = reading.known_keys().into_iter().collect();
 
@@ -264,7 +264,7 @@ fn every_key_changes_live_or_takes_a_restart() {
     assert_eq!(config.dispatcher.workers, 5, "what takes a restart stays as it was");
     assert_eq!(config.take_live(&new), Changes { applied: Vec::new(), ..first.clone() });
 
-    let mut reading = Reading::new(&|_| None, Credentials::of("config.yaml", |_| None));
+    let mut reading = ConfigReading::new(&|_| None, Credentials::of("config.yaml", |_| None));
     Config::read(&mut reading, &yaml::parse(EVERY_KEY).unwrap());
     let credentials = ["nats.user", "nats.password", "nats.token", "nats.nkey_file", "nats.credentials_file"];
     let mut known: BTreeSet<String> = reading.known_keys().into_iter().collect();

@@ -229,11 +229,11 @@ pub(super) struct NatsUrls {
     /// Without userinfo.
     pub(super) servers: Vec<String>,
     /// What stood before the `@`.
-    pub(super) login: Option<Login>,
+    pub(super) login: Option<UrlLogin>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Login {
+pub(super) enum UrlLogin {
     UserPassword(String, Secret),
     Token(Secret),
 }
@@ -259,7 +259,7 @@ pub(super) fn nats_urls(node: &Node) -> Result<NatsUrls, Faults> {
     Ok(NatsUrls { servers, login })
 }
 
-fn nats_url(url: &str) -> Result<(String, Option<Login>), &'static str> {
+fn nats_url(url: &str) -> Result<(String, Option<UrlLogin>), &'static str> {
     if url.is_empty() {
         return Err("has an empty URL");
     }
@@ -301,14 +301,14 @@ fn check_address(address: &str) -> Result<(), &'static str> {
     }
 }
 
-fn login(userinfo: &str) -> Result<Login, &'static str> {
+fn login(userinfo: &str) -> Result<UrlLogin, &'static str> {
     let login = match userinfo.split_once(':') {
-        Some((user, password)) => Login::UserPassword(decoded(user)?, Secret::new(decoded(password)?)),
-        None => Login::Token(Secret::new(decoded(userinfo)?)),
+        Some((user, password)) => UrlLogin::UserPassword(decoded(user)?, Secret::new(decoded(password)?)),
+        None => UrlLogin::Token(Secret::new(decoded(userinfo)?)),
     };
     match &login {
-        Login::UserPassword(user, _) if user.is_empty() => Err("has no user before the password"),
-        Login::Token(token) if token.expose().is_empty() => Err("has nothing before the @"),
+        UrlLogin::UserPassword(user, _) if user.is_empty() => Err("has no user before the password"),
+        UrlLogin::Token(token) if token.expose().is_empty() => Err("has nothing before the @"),
         _ => Ok(login),
     }
 }
