@@ -1,4 +1,4 @@
-//! Values that stand elsewhere: `file:/path` and `credential:NAME` in place of a secret.
+//! Secrets, which do not print, and values that stand elsewhere: `file:/path` and `credential:NAME` in place of a secret.
 //!
 //! A secret in the configuration is one that everybody sees who may read the file. A file of its own can have
 //! rights of its own, and systemd hands over what `LoadCredential=` names in a folder that only the service can
@@ -7,6 +7,7 @@
 //! each reload, on the thread that does so. What such a file holds is shown in no message, not even when it is wrong.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,40 @@ const FORMS: &str = "allowed: the value itself, file:/path or credential:NAME";
 
 /// Where systemd looks for what the units load.
 const CREDSTORE: &str = "/etc/credstore";
+
+/// A value that must not be printed: `Debug` and `Display` show `***`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a value.
+    pub fn new(value: impl Into<String>) -> Secret {
+        Secret(value.into())
+    }
+
+    /// The value itself, for the one place that needs it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// What somebody said to whom it was told, with `***` in its place. One of fewer than four characters stays: it
+    /// would be found in any text.
+    pub fn hidden_in(&self, said: &str) -> String {
+        if self.0.len() < 4 { said.to_owned() } else { said.replace(&self.0, "***") }
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl fmt::Display for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
 
 /// Where credentials are.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! Tables of configurations: what good ones mean, and what is said about broken ones, word for word.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use super::yaml::{Node, Value};
 use super::*;
