@@ -10,6 +10,7 @@ use super::reading::{ConfigReading, Section};
 use super::section::Keys;
 use super::values::{DAY, HOUR, MINUTE, SECOND, boolean, count, duration, one_of, shown, size, text, up_to};
 use super::yaml::Node;
+use crate::lane::LANES;
 
 /// PostgreSQL cuts an `application_name` off at 63 bytes.
 const MAX_INSTANCE_ID: usize = 63;
@@ -74,7 +75,7 @@ pub(super) fn dispatcher(reading: &mut ConfigReading<'_>, root: &Section<'_>) ->
         max_attempts: value.of("max_attempts", 3, count(1..=1_000_000)),
         poll_interval: value.of("poll_interval", SECOND, duration(up_to(HOUR))),
         fallback_interval: value.of("fallback_interval", 30 * SECOND, duration(up_to(HOUR))),
-        workers: value.of("workers", 5, count(1..=64)),
+        workers: value.of("workers", 5, count(1..=i128::from(LANES))),
         shutdown_grace: value.of("shutdown_grace", 30 * SECOND, duration(Duration::ZERO..=HOUR)),
         claim_budget: value.of("claim_budget", 5 * SECOND, duration(up_to(5 * MINUTE))),
         max_in_flight_bytes: value.of("max_in_flight_bytes", 64 << 20, size(64 << 10..=64 << 30)),
