@@ -1,25 +1,26 @@
 //! What this process counts and measures, in Prometheus' terms.
 //!
-//! The only file that names the `prometheus` crate. Threads call methods in the words of the design; each is
-//! a few atomic operations on counters that are held here, never a look-up by label. The registry is our own,
-//! so that two services in one process do not mix. Every series exists from the start with 0: an alert on
+//! With the files below it the only one that names the `prometheus` crate: `metrics/series.rs` says which series there
+//! are, `metrics/process.rs` has the process's own figures. Threads call methods in the words of the design; each is a few
+//! atomic operations on counters that are held here, never a look-up by label. The registry is our own, so that two
+//! services in one process do not mix. Every series exists from the start with 0: an alert on
 //! `increase(outbox_dead_letters_total[5m])` would miss the first dead letter of a series that begins with
 //! it. Units are base units (seconds, bytes); no label has values that can grow without bound. Nothing here
 //! asks PostgreSQL or NATS: gauges are what other threads last said, and only the process's own are read at a
 //! scrape.
 
-use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use prometheus::core::Collector;
-use prometheus::{
-    Counter, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
-};
-use rustix::param::{clock_ticks_per_second, page_size};
-use rustix::process::{Resource, getrlimit};
-use rustix::time::{ClockId, clock_gettime};
+use prometheus::{Histogram, IntGauge, TextEncoder};
+
+mod process;
+mod register;
+mod series;
+
+use self::register::{gauge_value, unix_seconds};
+use self::series::Series;
 
 /// All metrics of one service. Clones share them.
 #[derive(Debug, Clone)]
@@ -258,242 +259,6 @@ impl Default for Metrics {
     }
 }
 
-/// Upper bounds of the duration histograms, in seconds. An ack within one data centre takes about 1 ms, a
-/// claim of 100 pipelined events some milliseconds, a replicated stream on slow disks 10 to 100 ms; the
-/// budget of a claim and the ack timeout are 5 s each by default, so that 10 s holds what is still in order
-/// and everything above it is a configured longer wait.
-const SECONDS: [f64; 14] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
-
-/// Upper bounds of a claim's events: 1-2-5 steps around the default batch size of 100, so that "claims come
-/// back full" shows.
-const EVENTS: [f64; 13] =
-    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 99.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0];
-
-#[derive(Debug)]
-struct Series {
-    registry: Registry,
-    published: IntCounter,
-    failed: IntCounter,
-    attempts_published: IntCounter,
-    attempts_duplicate: IntCounter,
-    attempts_retried: IntCounter,
-    attempts_dead: IntCounter,
-    attempts_unanswered: IntCounter,
-    dead_letters: IntCounter,
-    headers_altered: IntCounter,
-    last_publish: Gauge,
-    claims_events: IntCounter,
-    claims_empty: IntCounter,
-    claims_error: IntCounter,
-    claim_events: Histogram,
-    publish_duration: Histogram,
-    settle_duration: Histogram,
-    processing_duration: Histogram,
-    pending: IntGauge,
-    retrying: IntGauge,
-    dead: IntGauge,
-    lag: Gauge,
-    last_count: Gauge,
-    oldest_transaction: Gauge,
-    ready: IntGauge,
-    blocked_by_retry: IntGauge,
-    blocked_by_dead: IntGauge,
-    partitions_ahead: Gauge,
-    default_rows: IntGauge,
-    last_upkeep: Gauge,
-    deleted_events: IntCounter,
-    dropped_partitions: IntCounter,
-    pool_busy: IntGauge,
-    pool_idle: IntGauge,
-    pool_max: IntGauge,
-    nats_connected: IntGauge,
-    nats_connects: IntCounter,
-    outage: IntGauge,
-    outages: IntCounter,
-    postgres_errors: IntCounter,
-    process: Process,
-}
-
-impl Series {
-    fn new() -> Series {
-        let registry = Registry::new();
-        let r = &registry;
-        let attempts = counters(r, "outbox_attempts_total", ATTEMPTS_HELP, "outcome");
-        let claims = counters(r, "outbox_claims_total", CLAIMS_HELP, "result");
-        let pool =
-            gauges(r, "outbox_pool_connections", "Connections of the PostgreSQL pool, by state.", "state");
-        let blocked = gauges(r, "outbox_blocked_keys", BLOCKED_HELP, "by");
-        let build = gauges(r, "outbox_build_info", "Always 1; the label is the running version.", "version");
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Series {
-            published: counter(
-                r,
-                "outbox_events_published_total",
-                "Events acked by NATS, duplicates included.",
-            ),
-            failed: counter(r, "outbox_events_failed_total", "Attempts that ended in a rejection."),
-            attempts_published: attempts.with_label_values(&["published"]),
-            attempts_duplicate: attempts.with_label_values(&["duplicate"]),
-            attempts_retried: attempts.with_label_values(&["retried"]),
-            attempts_dead: attempts.with_label_values(&["dead"]),
-            attempts_unanswered: attempts.with_label_values(&["unanswered"]),
-            dead_letters: counter(r, "outbox_dead_letters_total", "Events that became dead letters."),
-            headers_altered: counter(r, "outbox_headers_altered_total", HEADERS_HELP),
-            last_publish: gauge(r, "outbox_last_publish_timestamp_seconds", LAST_PUBLISH_HELP),
-            claims_events: claims.with_label_values(&["events"]),
-            claims_empty: claims.with_label_values(&["empty"]),
-            claims_error: claims.with_label_values(&["error"]),
-            claim_events: histogram(r, "outbox_claim_events", "Events of a claim that held any.", &EVENTS),
-            publish_duration: histogram(r, "outbox_publish_duration_seconds", PUBLISH_HELP, &SECONDS),
-            settle_duration: histogram(r, "outbox_settle_duration_seconds", SETTLE_HELP, &SECONDS),
-            processing_duration: histogram(
-                r,
-                "outbox_batch_processing_duration_seconds",
-                CLAIM_HELP,
-                &SECONDS,
-            ),
-            pending: int_gauge(r, "outbox_pending_events", PENDING_HELP),
-            retrying: int_gauge(r, "outbox_retrying_events", "Events in retry, due or not."),
-            dead: int_gauge(r, "outbox_dead_events", "Dead letters in the table."),
-            lag: gauge(r, "outbox_lag_seconds", "Age of the oldest pending event; 0 if none is pending."),
-            last_count: gauge(r, "outbox_backlog_last_success_timestamp_seconds", COUNT_HELP),
-            oldest_transaction: gauge(r, "outbox_oldest_transaction_seconds", OLDEST_HELP),
-            ready: int_gauge(
-                r,
-                "outbox_ready",
-                "1 while an event committed now would be published now, else 0.",
-            ),
-            blocked_by_retry: blocked.with_label_values(&["retry"]),
-            blocked_by_dead: blocked.with_label_values(&["dead"]),
-            partitions_ahead: gauge(r, "outbox_partitions_ahead_days", AHEAD_HELP),
-            default_rows: int_gauge(r, "outbox_default_partition_rows", DEFAULT_HELP),
-            last_upkeep: gauge(r, "outbox_upkeep_last_success_timestamp_seconds", UPKEEP_HELP),
-            deleted_events: counter(r, "outbox_events_deleted_total", DELETED_HELP),
-            dropped_partitions: counter(
-                r,
-                "outbox_partitions_dropped_total",
-                "Partitions dropped as too old.",
-            ),
-            pool_busy: pool.with_label_values(&["busy"]),
-            pool_idle: pool.with_label_values(&["idle"]),
-            pool_max: int_gauge(
-                r,
-                "outbox_pool_max_connections",
-                "Connections the PostgreSQL pool may have.",
-            ),
-            nats_connected: int_gauge(r, "outbox_nats_connected", "1 while connected to NATS, else 0."),
-            nats_connects: counter(
-                r,
-                "outbox_nats_connects_total",
-                "Connections made to NATS, the first included.",
-            ),
-            outage: int_gauge(r, "outbox_outage", "1 while NATS cannot judge events, else 0."),
-            outages: counter(r, "outbox_outages_total", "Outages that began."),
-            postgres_errors: counter(r, "outbox_postgres_errors_total", POSTGRES_HELP),
-            process: Process::new(r),
-            registry,
-        }
-    }
-}
-
-const ATTEMPTS_HELP: &str = "Attempts to publish an event, by outcome: published, duplicate (acked, but the \
-    stream had it), retried and dead (rejected), unanswered (no ack though NATS answers otherwise).";
-const CLAIMS_HELP: &str = "Claims, by what their read found: events, empty (nothing to do), error.";
-const HEADERS_HELP: &str = "Events published with a header of their metadata left out or changed.";
-const LAST_PUBLISH_HELP: &str = "Unix time of the last ack; 0 if there was none since the start.";
-const PUBLISH_HELP: &str = "Time to publish a claim's events, from the first one sent to the last answer.";
-const SETTLE_HELP: &str = "Time to settle a claim: write its outcomes and commit.";
-const CLAIM_HELP: &str = "Time a claim is held, from its read to its commit.";
-const BLOCKED_HELP: &str = "Keys whose later events wait: for a retry, or (ordering.on_dead: block) for a decision about a dead letter.";
-const PENDING_HELP: &str =
-    "Events neither published nor dead, as last measured; an estimate when there are many.";
-const COUNT_HELP: &str =
-    "Unix time at which this instance last counted the backlog; 0 if it has not since the start.";
-const OLDEST_HELP: &str = "Age of the oldest transaction that keeps vacuum from the outbox, as far as the role may \
-    see; 0 if there is none.";
-const AHEAD_HELP: &str =
-    "Days from now for which there are partitions without a gap; 0 if this month has none.";
-const DEFAULT_HELP: &str =
-    "Rows in the DEFAULT partition, where events fall whose month has none; counted up to 100000.";
-const UPKEEP_HELP: &str = "Unix time at which this instance last finished a round of upkeep of the partitions; \
-    0 if it has not since the start.";
-const DELETED_HELP: &str = "Published events deleted one by one as too old, not counting those that went with \
-    their partition.";
-const POSTGRES_HELP: &str = "Statements and connections that PostgreSQL refused, and connections that broke.";
-
-/// The process's own figures, under the names that every Prometheus client library uses.
-#[derive(Debug)]
-struct Process {
-    /// CPU seconds already counted. The lock keeps two scrapes at once from counting the same second twice.
-    counted: Mutex<f64>,
-    cpu: Counter,
-    resident: IntGauge,
-    open_fds: IntGauge,
-    threads: IntGauge,
-}
-
-impl Process {
-    fn new(registry: &Registry) -> Process {
-        let start = gauge(registry, "process_start_time_seconds", "Unix time at which the process started.");
-        start.set(process_start().unwrap_or_else(|| unix_seconds(SystemTime::now())));
-        let max_fds = int_gauge(registry, "process_max_fds", "Limit on open file descriptors.");
-        max_fds.set(getrlimit(Resource::Nofile).current.map_or(i64::MAX, gauge_value));
-        let cpu = Counter::new("process_cpu_seconds_total", "User and system CPU time spent, in seconds.");
-        Process {
-            counted: Mutex::new(0.0),
-            cpu: register(registry, cpu),
-            resident: int_gauge(registry, "process_resident_memory_bytes", "Resident memory, in bytes."),
-            open_fds: int_gauge(registry, "process_open_fds", "Open file descriptors."),
-            threads: int_gauge(registry, "process_threads", "Threads of the process."),
-        }
-    }
-
-    /// Reads the figures. What cannot be read keeps its last value: /proc may be hidden from us.
-    fn refresh(&self) {
-        let cpu = clock_gettime(ClockId::ProcessCPUTime);
-        let cpu = cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9;
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
-        self.cpu.inc_by((cpu - *counted).max(0.0));
-        *counted = cpu;
-        if let Some(pages) = stat_field(RSS) {
-            self.resident.set(gauge_value(pages.saturating_mul(page_size() as u64)));
-        }
-        if let Some(threads) = stat_field(NUM_THREADS) {
-            self.threads.set(gauge_value(threads));
-        }
-        if let Ok(fds) = fs::read_dir("/proc/self/fd") {
-            // The directory being read is itself one of them.
-            self.open_fds.set(gauge_value(fds.count().saturating_sub(1) as u64));
-        }
-    }
-}
-
-/// Fields of /proc/self/stat, numbered as in proc(5).
-const NUM_THREADS: usize = 20;
-const START_TIME: usize = 22;
-const RSS: usize = 24;
-
-fn stat_field(number: usize) -> Option<u64> {
-    parse_stat_field(&fs::read_to_string("/proc/self/stat").ok()?, number)
-}
-
-/// The command, field 2, stands in parentheses and may hold blanks and parentheses itself: count from its
-/// end.
-fn parse_stat_field(stat: &str, number: usize) -> Option<u64> {
-    let (_, after_command) = stat.rsplit_once(')')?;
-    after_command.split_ascii_whitespace().nth(number - 3)?.parse().ok()
-}
-
-/// Unix time at which this process started. The start is told as ticks since boot; /proc/stat, which has the
-/// time of the boot, is hidden under `ProcSubset=pid`, so it is reckoned back from now.
-fn process_start() -> Option<f64> {
-    let since_boot = clock_gettime(ClockId::Boottime);
-    let since_boot = since_boot.tv_sec as f64 + since_boot.tv_nsec as f64 / 1e9;
-    let started = stat_field(START_TIME)? as f64 / clock_ticks_per_second() as f64;
-    Some(unix_seconds(SystemTime::now()) - (since_boot - started))
-}
-
 fn durations(histogram: &Histogram) -> Durations {
     // A histogram without labels is one family of one metric.
     let families = histogram.collect();
@@ -512,46 +277,9 @@ fn durations(histogram: &Histogram) -> Durations {
     }
 }
 
-fn unix_seconds(time: SystemTime) -> f64 {
-    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
-}
-
-fn gauge_value(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
-    let metric = metric.expect("names, labels and buckets are constants that a test registers");
-    registry.register(Box::new(metric.clone())).expect("each name is registered once, as a test shows");
-    metric
-}
-
-fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
-    register(registry, IntCounter::new(name, help))
-}
-
-fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> IntCounterVec {
-    register(registry, IntCounterVec::new(Opts::new(name, help), &[label]))
-}
-
-fn gauge(registry: &Registry, name: &str, help: &str) -> Gauge {
-    register(registry, Gauge::new(name, help))
-}
-
-fn int_gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
-    register(registry, IntGauge::new(name, help))
-}
-
-fn gauges(registry: &Registry, name: &str, help: &str, label: &str) -> IntGaugeVec {
-    register(registry, IntGaugeVec::new(Opts::new(name, help), &[label]))
-}
-
-fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
-    register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::series::SECONDS;
     use super::*;
 
     /// The value of `series` (name and labels) in the rendered text.
@@ -722,16 +450,6 @@ mod tests {
         assert!(value(&metrics, "process_threads") >= 2.0);
         let age = unix_seconds(SystemTime::now()) - value(&metrics, "process_start_time_seconds");
         assert!((-1.0..86_400.0).contains(&age), "started {age}s ago");
-    }
-
-    #[test]
-    fn a_command_with_blanks_and_parentheses_does_not_shift_the_fields() {
-        let stat =
-            "12 (a) b (c) S 1 12 12 0 -1 4194304 1 0 0 0 5 6 0 0 20 0 9 0 777 1000 42 18446744073709551615";
-        assert_eq!(parse_stat_field(stat, NUM_THREADS), Some(9));
-        assert_eq!(parse_stat_field(stat, START_TIME), Some(777));
-        assert_eq!(parse_stat_field(stat, RSS), Some(42));
-        assert_eq!(parse_stat_field("nonsense", RSS), None);
     }
 
     #[test]
