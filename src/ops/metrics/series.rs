@@ -72,17 +72,13 @@ impl Series {
         let r = &registry;
         let attempts = counters(r, "outbox_attempts_total", ATTEMPTS_HELP, "outcome");
         let claims = counters(r, "outbox_claims_total", CLAIMS_HELP, "result");
-        let pool =
-            gauges(r, "outbox_pool_connections", "Connections of the PostgreSQL pool, by state.", "state");
+        let pool = gauges(r, "outbox_pool_connections", POOL_HELP, "state");
         let blocked = gauges(r, "outbox_blocked_keys", BLOCKED_HELP, "by");
         let build = gauges(r, "outbox_build_info", "Always 1; the label is the running version.", "version");
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let durations = |name, help| histogram(r, name, help, &SECONDS);
         Series {
-            published: counter(
-                r,
-                "outbox_events_published_total",
-                "Events acked by NATS, duplicates included.",
-            ),
+            published: counter(r, "outbox_events_published_total", PUBLISHED_HELP),
             failed: counter(r, "outbox_events_failed_total", "Attempts that ended in a rejection."),
             attempts_published: attempts.with_label_values(&["published"]),
             attempts_duplicate: attempts.with_label_values(&["duplicate"]),
@@ -96,49 +92,28 @@ impl Series {
             claims_empty: claims.with_label_values(&["empty"]),
             claims_error: claims.with_label_values(&["error"]),
             claim_events: histogram(r, "outbox_claim_events", "Events of a claim that held any.", &EVENTS),
-            publish_duration: histogram(r, "outbox_publish_duration_seconds", PUBLISH_HELP, &SECONDS),
-            settle_duration: histogram(r, "outbox_settle_duration_seconds", SETTLE_HELP, &SECONDS),
-            processing_duration: histogram(
-                r,
-                "outbox_batch_processing_duration_seconds",
-                CLAIM_HELP,
-                &SECONDS,
-            ),
+            publish_duration: durations("outbox_publish_duration_seconds", PUBLISH_HELP),
+            settle_duration: durations("outbox_settle_duration_seconds", SETTLE_HELP),
+            processing_duration: durations("outbox_batch_processing_duration_seconds", CLAIM_HELP),
             pending: int_gauge(r, "outbox_pending_events", PENDING_HELP),
             retrying: int_gauge(r, "outbox_retrying_events", "Events in retry, due or not."),
             dead: int_gauge(r, "outbox_dead_events", "Dead letters in the table."),
             lag: gauge(r, "outbox_lag_seconds", "Age of the oldest pending event; 0 if none is pending."),
             last_count: gauge(r, "outbox_backlog_last_success_timestamp_seconds", COUNT_HELP),
             oldest_transaction: gauge(r, "outbox_oldest_transaction_seconds", OLDEST_HELP),
-            ready: int_gauge(
-                r,
-                "outbox_ready",
-                "1 while an event committed now would be published now, else 0.",
-            ),
+            ready: int_gauge(r, "outbox_ready", READY_HELP),
             blocked_by_retry: blocked.with_label_values(&["retry"]),
             blocked_by_dead: blocked.with_label_values(&["dead"]),
             partitions_ahead: gauge(r, "outbox_partitions_ahead_days", AHEAD_HELP),
             default_rows: int_gauge(r, "outbox_default_partition_rows", DEFAULT_HELP),
             last_upkeep: gauge(r, "outbox_upkeep_last_success_timestamp_seconds", UPKEEP_HELP),
             deleted_events: counter(r, "outbox_events_deleted_total", DELETED_HELP),
-            dropped_partitions: counter(
-                r,
-                "outbox_partitions_dropped_total",
-                "Partitions dropped as too old.",
-            ),
+            dropped_partitions: counter(r, "outbox_partitions_dropped_total", DROPPED_HELP),
             pool_busy: pool.with_label_values(&["busy"]),
             pool_idle: pool.with_label_values(&["idle"]),
-            pool_max: int_gauge(
-                r,
-                "outbox_pool_max_connections",
-                "Connections the PostgreSQL pool may have.",
-            ),
+            pool_max: int_gauge(r, "outbox_pool_max_connections", POOL_MAX_HELP),
             nats_connected: int_gauge(r, "outbox_nats_connected", "1 while connected to NATS, else 0."),
-            nats_connects: counter(
-                r,
-                "outbox_nats_connects_total",
-                "Connections made to NATS, the first included.",
-            ),
+            nats_connects: counter(r, "outbox_nats_connects_total", CONNECTS_HELP),
             outage: int_gauge(r, "outbox_outage", "1 while NATS cannot judge events, else 0."),
             outages: counter(r, "outbox_outages_total", "Outages that began."),
             postgres_errors: counter(r, "outbox_postgres_errors_total", POSTGRES_HELP),
@@ -148,6 +123,7 @@ impl Series {
     }
 }
 
+const PUBLISHED_HELP: &str = "Events acked by NATS, duplicates included.";
 const ATTEMPTS_HELP: &str = "Attempts to publish an event, by outcome: published, duplicate (acked, but the \
     stream had it), retried and dead (rejected), unanswered (no ack though NATS answers otherwise).";
 const CLAIMS_HELP: &str = "Claims, by what their read found: events, empty (nothing to do), error.";
@@ -156,6 +132,7 @@ const LAST_PUBLISH_HELP: &str = "Unix time of the last ack; 0 if there was none 
 const PUBLISH_HELP: &str = "Time to publish a claim's events, from the first one sent to the last answer.";
 const SETTLE_HELP: &str = "Time to settle a claim: write its outcomes and commit.";
 const CLAIM_HELP: &str = "Time a claim is held, from its read to its commit.";
+const READY_HELP: &str = "1 while an event committed now would be published now, else 0.";
 const BLOCKED_HELP: &str = "Keys whose later events wait: for a retry, or (ordering.on_dead: block) for a decision about a dead letter.";
 const PENDING_HELP: &str =
     "Events neither published nor dead, as last measured; an estimate when there are many.";
@@ -171,4 +148,8 @@ const UPKEEP_HELP: &str = "Unix time at which this instance last finished a roun
     0 if it has not since the start.";
 const DELETED_HELP: &str = "Published events deleted one by one as too old, not counting those that went with \
     their partition.";
+const DROPPED_HELP: &str = "Partitions dropped as too old.";
+const POOL_HELP: &str = "Connections of the PostgreSQL pool, by state.";
+const POOL_MAX_HELP: &str = "Connections the PostgreSQL pool may have.";
+const CONNECTS_HELP: &str = "Connections made to NATS, the first included.";
 const POSTGRES_HELP: &str = "Statements and connections that PostgreSQL refused, and connections that broke.";
