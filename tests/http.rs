@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use pg_outbox::config;
-use pg_outbox::ops::health::{Health, Part};
+use pg_outbox::ops::health::{Health, HealthPart};
 use pg_outbox::ops::http::{CLIENT_DEADLINE, Http, MAX_CLIENTS, MAX_HEAD_BYTES};
 use pg_outbox::ops::metrics::Metrics;
 use pg_outbox::ops::recent::Waiting;
@@ -117,10 +117,10 @@ fn probes_say_what_is_missing() {
         assert_eq!((answer.status, answer.body.as_str()), (200, "{\"status\":\"ok\"}\n"));
         assert!(answer.head.contains("content-type: application/json"), "{}", answer.head);
     }
-    for part in Part::ALL {
+    for part in HealthPart::ALL {
         server.health.set(part, Ok(()));
     }
-    server.health.set(Part::Stream, Err("EVENTS is missing".to_string()));
+    server.health.set(HealthPart::Stream, Err("EVENTS is missing".to_string()));
     server.health.outage(Some("no ack within 5s".to_string()));
     for path in ["/ready", "/readyz", "/ready?verbose"] {
         let answer = server.get(path);
@@ -133,7 +133,7 @@ fn probes_say_what_is_missing() {
             })
         );
     }
-    server.health.set(Part::Stream, Ok(()));
+    server.health.set(HealthPart::Stream, Ok(()));
     server.health.outage(None);
     assert_eq!(server.get("/ready").status, 200);
     server.health.draining();
@@ -166,7 +166,7 @@ fn metrics_are_in_the_text_format() {
 fn the_status_is_the_same_as_json_and_as_a_page() {
     let server = Server::start();
     server.metrics.published(4711, 0);
-    server.health.set(Part::Nats, Err("connection refused".to_string()));
+    server.health.set(HealthPart::Nats, Err("connection refused".to_string()));
     let status = server.get("/status").json();
     assert_eq!(status["instance"], "dispatcher-1");
     assert_eq!(status["live"]["status"], "ok");

@@ -36,7 +36,7 @@ use crate::config::live::Live;
 use crate::lane::LANES;
 use crate::lane::marks::Basis;
 use crate::nats::Publisher;
-use crate::ops::health::{Health, Heartbeat, Part};
+use crate::ops::health::{Health, HealthPart, Heartbeat};
 use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimLimits, Fresh, Head, Large, Locked, Opening, Sessions, Store, StoreError};
 use crate::publish::{Finished, Job, Stage};
@@ -195,21 +195,21 @@ impl Claimer {
             self.heartbeat.beat();
             let missing = match self.schema_problems(&mut sessions) {
                 Ok(problems) if problems.is_empty() => {
-                    self.health.set(Part::Postgres, Ok(()));
-                    self.health.set(Part::Schema, Ok(()));
+                    self.health.set(HealthPart::Postgres, Ok(()));
+                    self.health.set(HealthPart::Schema, Ok(()));
                     for hidden in self.store.hidden().unwrap_or_default() {
                         log::warn!("{hidden}");
                     }
                     return Next::Claim;
                 }
                 Ok(problems) => {
-                    self.health.set(Part::Postgres, Ok(()));
+                    self.health.set(HealthPart::Postgres, Ok(()));
                     let problems = problems.join("; ");
-                    self.health.set(Part::Schema, Err(problems.clone()));
+                    self.health.set(HealthPart::Schema, Err(problems.clone()));
                     format!("schema is not ready: {problems}")
                 }
                 Err(error) => {
-                    self.health.set(Part::Postgres, Err(error.to_string()));
+                    self.health.set(HealthPart::Postgres, Err(error.to_string()));
                     format!("postgres is not ready: {error}")
                 }
             };
@@ -443,7 +443,7 @@ impl Trouble {
         } else {
             self.pause = (self.pause * 2).min(TROUBLE_PAUSE.1);
         }
-        health.set(Part::Postgres, Err(error.to_string()));
+        health.set(HealthPart::Postgres, Err(error.to_string()));
         self.pause
     }
 
@@ -452,14 +452,14 @@ impl Trouble {
         if fail != self.settles_fail {
             self.settles_fail = fail;
             let state = if fail { Err("settles fail; the log says why".into()) } else { Ok(()) };
-            health.set(Part::Postgres, state);
+            health.set(HealthPart::Postgres, state);
         }
     }
 
     fn over(&mut self, health: &Health) {
         if let Some(since) = self.since.take() {
             log::info!("claims work again: lasted={:.1}s", since.elapsed().as_secs_f64());
-            health.set(Part::Postgres, Ok(()));
+            health.set(HealthPart::Postgres, Ok(()));
         }
     }
 }

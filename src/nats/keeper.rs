@@ -26,7 +26,7 @@ use crate::event::topic_map::TopicMap;
 use crate::nats::answer::{self, StreamFacts};
 use crate::nats::breaker::Gate;
 use crate::nats::preflight::{self, Finding, Needs};
-use crate::ops::health::Part;
+use crate::ops::health::HealthPart;
 
 /// How often the keeper looks at a link that is idle.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
@@ -144,7 +144,7 @@ impl Keeper {
                 return Err(error.context(format!("no connection to nats after {attempts} attempts")));
             }
             log::warn!("not connected: attempt={attempt}/{attempts} next={}: {error:#}", seconds(delay));
-            self.shared().health.set(Part::Nats, Err(format!("{error:#}")));
+            self.shared().health.set(HealthPart::Nats, Err(format!("{error:#}")));
             select! {
                 recv(stop) -> _ => return Ok(false),
                 default(delay) => {}
@@ -163,7 +163,7 @@ impl Keeper {
     fn lost_link(&mut self) {
         let link = self.publisher.state().link.take();
         let cause = link.and_then(|link| link.down.cause()).unwrap_or_else(|| "connection lost".into());
-        self.shared().health.set(Part::Nats, Err(cause.clone()));
+        self.shared().health.set(HealthPart::Nats, Err(cause.clone()));
         self.shared().metrics.nats_disconnected();
         self.publisher.outage(&cause, 0);
     }
@@ -177,7 +177,7 @@ impl Keeper {
                 return Err(error.context(format!("{hanging} attempts to connect to nats hang")));
             }
             let cause = format!("{error:#}");
-            self.shared().health.set(Part::Nats, Err(cause.clone()));
+            self.shared().health.set(HealthPart::Nats, Err(cause.clone()));
             self.publisher.change(&cause, 0, |gate| gate.try_failed(&cause, Instant::now(), fastrand::f64()));
             return Ok(());
         }
@@ -220,8 +220,8 @@ impl Keeper {
         if shared.settings.jetstream.enabled {
             self.publisher.learn(facts);
         }
-        shared.health.set(Part::Nats, Ok(()));
-        shared.health.set(Part::Stream, Ok(()));
+        shared.health.set(HealthPart::Nats, Ok(()));
+        shared.health.set(HealthPart::Stream, Ok(()));
         Ok(())
     }
 
@@ -254,13 +254,13 @@ impl Keeper {
                 if let Some(link) = self.publisher.state().link.take() {
                     link.down.set(cause);
                 }
-                self.shared().health.set(Part::Nats, Err(cause.to_string()));
+                self.shared().health.set(HealthPart::Nats, Err(cause.to_string()));
                 self.shared().metrics.nats_disconnected();
             }
             ProbeFailure::Stream(_) => {
                 // The link echoed, or the stream could not have been judged.
-                self.shared().health.set(Part::Nats, Ok(()));
-                self.shared().health.set(Part::Stream, Err(cause.to_string()));
+                self.shared().health.set(HealthPart::Nats, Ok(()));
+                self.shared().health.set(HealthPart::Stream, Err(cause.to_string()));
             }
         }
         self.publisher.change(cause, 0, |gate| gate.try_failed(cause, Instant::now(), fastrand::f64()));

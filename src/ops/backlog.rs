@@ -12,7 +12,7 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, select};
 
 use crate::ops::health::Heartbeat;
-use crate::ops::metrics::{Backlog, Metrics};
+use crate::ops::metrics::{BacklogGauges, Metrics};
 use crate::ops::recent::{MAX_LISTED, Waiting};
 use crate::postgres::{Store, StoreError};
 
@@ -67,7 +67,7 @@ impl Janitor {
         let started = Instant::now();
         match self.store.backlog() {
             Ok(backlog) => {
-                self.metrics.backlog(&Backlog {
+                self.metrics.backlog(&BacklogGauges {
                     pending: backlog.pending.unsigned_abs(),
                     retrying: backlog.retrying.unsigned_abs(),
                     dead: backlog.dead.unsigned_abs(),

@@ -25,7 +25,7 @@ pub struct Heartbeat {
 
 /// What has to be in place before events can be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum HealthPart {
     /// A connection to PostgreSQL works.
     Postgres,
     /// The tables and functions that this version needs are there.
@@ -43,10 +43,10 @@ pub struct Facts {
     pub uptime: Duration,
     /// Every thread that ever registered, in that order.
     pub threads: Vec<ThreadFacts>,
-    /// Every part, in the order of [`Part::ALL`], with the cause if it is missing.
-    pub parts: Vec<(Part, Result<(), String>)>,
+    /// Every part, in the order of [`HealthPart::ALL`], with the cause if it is missing.
+    pub parts: Vec<(HealthPart, Result<(), String>)>,
     /// The outage in which we are.
-    pub outage: Option<Outage>,
+    pub outage: Option<OutageFacts>,
     /// True from SIGTERM on.
     pub draining: bool,
 }
@@ -75,7 +75,7 @@ pub enum ThreadState {
 
 /// NATS cannot judge events now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outage {
+pub struct OutageFacts {
     /// Why.
     pub cause: String,
     /// For how long now.
@@ -97,7 +97,7 @@ impl Health {
         Health(Arc::new(Board {
             started: Instant::now(),
             threads: Mutex::default(),
-            parts: Mutex::new(Part::ALL.map(|part| (part, Err(part.initially().to_string())))),
+            parts: Mutex::new(HealthPart::ALL.map(|part| (part, Err(part.initially().to_string())))),
             outage: Mutex::default(),
             draining: AtomicBool::new(false),
         }))
@@ -112,7 +112,7 @@ impl Health {
     }
 
     /// Says that `part` is in place, or why it is not.
-    pub fn set(&self, part: Part, state: Result<(), String>) {
+    pub fn set(&self, part: HealthPart, state: Result<(), String>) {
         lock(&self.0.parts)[part as usize].1 = state;
     }
 
@@ -137,7 +137,7 @@ impl Health {
             parts: lock(&self.0.parts).to_vec(),
             outage: lock(&self.0.outage)
                 .as_ref()
-                .map(|(cause, began)| Outage { cause: cause.clone(), lasting: began.elapsed() }),
+                .map(|(cause, began)| OutageFacts { cause: cause.clone(), lasting: began.elapsed() }),
             draining: self.0.draining.load(Ordering::Relaxed),
         }
     }
@@ -177,25 +177,26 @@ impl Drop for Heartbeat {
     }
 }
 
-impl Part {
+impl HealthPart {
     /// Every part, in the order in which they come up.
-    pub const ALL: [Part; 4] = [Part::Postgres, Part::Schema, Part::Nats, Part::Stream];
+    pub const ALL: [HealthPart; 4] =
+        [HealthPart::Postgres, HealthPart::Schema, HealthPart::Nats, HealthPart::Stream];
 
     fn initially(self) -> &'static str {
         match self {
-            Part::Postgres | Part::Nats => "not connected yet",
-            Part::Schema | Part::Stream => "not checked yet",
+            HealthPart::Postgres | HealthPart::Nats => "not connected yet",
+            HealthPart::Schema | HealthPart::Stream => "not checked yet",
         }
     }
 }
 
-impl fmt::Display for Part {
+impl fmt::Display for HealthPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Part::Postgres => "postgres",
-            Part::Schema => "schema",
-            Part::Nats => "nats",
-            Part::Stream => "stream",
+            HealthPart::Postgres => "postgres",
+            HealthPart::Schema => "schema",
+            HealthPart::Nats => "nats",
+            HealthPart::Stream => "stream",
         })
     }
 }
@@ -254,7 +255,7 @@ fn stuck(thread: &ThreadFacts, draining: bool) -> Option<String> {
 struct Board {
     started: Instant,
     threads: Mutex<Vec<Arc<Thread>>>,
-    parts: Mutex<[(Part, Result<(), String>); Part::ALL.len()]>,
+    parts: Mutex<[(HealthPart, Result<(), String>); HealthPart::ALL.len()]>,
     outage: Mutex<Option<(String, Instant)>>,
     draining: AtomicBool,
 }
@@ -302,7 +303,7 @@ mod tests {
         Facts {
             uptime: Duration::from_secs(60),
             threads: Vec::new(),
-            parts: Part::ALL.map(|part| (part, Ok(()))).to_vec(),
+            parts: HealthPart::ALL.map(|part| (part, Ok(()))).to_vec(),
             outage: None,
             draining: false,
         }
@@ -338,28 +339,28 @@ mod tests {
     #[test]
     fn nothing_outside_the_process_makes_it_less_alive() {
         let outage =
-            Some(Outage { cause: "no ack within 5s".to_string(), lasting: Duration::from_secs(900) });
-        let parts = Part::ALL.map(|part| (part, Err("gone".to_string()))).to_vec();
+            Some(OutageFacts { cause: "no ack within 5s".to_string(), lasting: Duration::from_secs(900) });
+        let parts = HealthPart::ALL.map(|part| (part, Err("gone".to_string()))).to_vec();
         assert!(live(&Facts { outage, parts, ..facts() }).ok);
     }
 
     #[test]
     fn ready_names_everything_that_is_missing() {
-        let missing = |part: Part, cause: &str| {
+        let missing = |part: HealthPart, cause: &str| {
             let mut parts = facts().parts;
             parts[part as usize].1 = Err(cause.to_string());
             parts
         };
-        let outage = Outage { cause: "no ack within 5s".to_string(), lasting: Duration::from_secs(15) };
+        let outage = OutageFacts { cause: "no ack within 5s".to_string(), lasting: Duration::from_secs(15) };
         for (facts, expected) in [
             (facts(), vec![]),
             (Facts { threads: vec![thread("worker-1", busy(99_000))], ..facts() }, vec![]),
             (
-                Facts { parts: missing(Part::Nats, "connection refused"), ..facts() },
+                Facts { parts: missing(HealthPart::Nats, "connection refused"), ..facts() },
                 vec!["nats: connection refused"],
             ),
             (
-                Facts { parts: missing(Part::Stream, "EVENTS is missing"), ..facts() },
+                Facts { parts: missing(HealthPart::Stream, "EVENTS is missing"), ..facts() },
                 vec!["stream: EVENTS is missing"],
             ),
             (Facts { outage: Some(outage.clone()), ..facts() }, vec!["outage for 15s: no ack within 5s"]),
@@ -367,7 +368,7 @@ mod tests {
                 Facts {
                     draining: true,
                     outage: Some(outage),
-                    parts: missing(Part::Postgres, "57P01"),
+                    parts: missing(HealthPart::Postgres, "57P01"),
                     ..facts()
                 },
                 vec![
@@ -396,7 +397,7 @@ mod tests {
                 "stream: not checked yet"
             ]
         );
-        for part in Part::ALL {
+        for part in HealthPart::ALL {
             health.set(part, Ok(()));
         }
         assert!(health.ready().ok);

@@ -32,7 +32,7 @@ mod pages;
 mod status_page;
 
 pub use self::connection::CLIENT_DEADLINE;
-use self::connection::{Client, Step};
+use self::connection::{Client, ClientStep};
 pub use self::pages::MAX_HEAD_BYTES;
 use self::pages::Pages;
 use self::status_page::StatusPage;
@@ -160,7 +160,7 @@ fn serve(clients: &mut Vec<Client>, moved: &[bool], pages: &Pages) {
     let mut moved = moved.iter();
     clients.retain_mut(|client| {
         let moved = moved.next() == Some(&true);
-        now < client.deadline && (!moved || client.step(pages).is_ok_and(|step| step == Step::Stay))
+        now < client.deadline && (!moved || client.step(pages).is_ok_and(|step| step == ClientStep::Stay))
     });
 }
 

@@ -28,7 +28,7 @@ pub struct Metrics(Arc<Series>);
 
 /// The backlog, as the janitor last measured it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Backlog {
+pub struct BacklogGauges {
     /// Events not yet published and not dead, those in retry included.
     pub pending: u64,
     /// Events in retry.
@@ -140,7 +140,7 @@ impl Metrics {
     }
 
     /// The backlog was measured.
-    pub fn backlog(&self, backlog: &Backlog) {
+    pub fn backlog(&self, backlog: &BacklogGauges) {
         self.0.pending.set(gauge_value(backlog.pending));
         self.0.retrying.set(gauge_value(backlog.retrying));
         self.0.dead.set(gauge_value(backlog.dead));
@@ -365,7 +365,12 @@ mod tests {
     #[test]
     fn gauges_say_what_was_last_told() {
         let metrics = Metrics::new();
-        metrics.backlog(&Backlog { pending: 7, retrying: 2, dead: 1, lag: Duration::from_millis(1500) });
+        metrics.backlog(&BacklogGauges {
+            pending: 7,
+            retrying: 2,
+            dead: 1,
+            lag: Duration::from_millis(1500),
+        });
         metrics.blocked_keys(5, 6);
         metrics.pool(3, 4, 20);
         metrics.nats_connected();
@@ -396,7 +401,7 @@ mod tests {
         assert!((value(&metrics, "outbox_backlog_last_success_timestamp_seconds") - now).abs() < 60.0);
         metrics.outage_ended();
         metrics.ready(false);
-        metrics.backlog(&Backlog::default());
+        metrics.backlog(&BacklogGauges::default());
         assert_eq!(value(&metrics, "outbox_outage"), 0.0);
         assert_eq!(value(&metrics, "outbox_ready"), 0.0);
         assert_eq!(value(&metrics, "outbox_outages_total"), 1.0);

@@ -28,11 +28,11 @@ pub const MAX_REASON: usize = 500;
 
 /// What the janitor has seen of what waits. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Waiting(Arc<Mutex<Seen>>);
+pub struct Waiting(Arc<Mutex<LastSeen>>);
 
 /// What waits, as last seen.
 #[derive(Debug, Clone, Default)]
-pub struct Seen {
+pub struct LastSeen {
     /// When the backlog was last counted.
     pub counted: Option<Instant>,
     /// The last try to count it succeeded.
@@ -67,11 +67,11 @@ impl Waiting {
     }
 
     /// A copy.
-    pub fn seen(&self) -> Seen {
+    pub fn seen(&self) -> LastSeen {
         self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Seen> {
+    fn lock(&self) -> MutexGuard<'_, LastSeen> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -86,7 +86,7 @@ fn shorten(reason: &mut String) {
 
 /// The counters and gauges at one moment.
 #[derive(Debug, Clone)]
-pub struct Reading {
+pub struct Counters {
     /// The moment.
     pub at: Instant,
     /// Counts since the start, and gauges.
@@ -109,7 +109,7 @@ struct Sample {
     at: Instant,
     published_per_second: f64,
     rejected_per_second: f64,
-    backlog: Option<Backlog>,
+    backlog: Option<BacklogSample>,
     claim_p50: Option<f64>,
     claim_p99: Option<f64>,
     publish_mean: Option<f64>,
@@ -118,7 +118,7 @@ struct Sample {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Backlog {
+struct BacklogSample {
     lag: f64,
     pending: u64,
     retrying: u64,
@@ -128,7 +128,7 @@ struct Backlog {
 /// The samples of the last [`WINDOW`].
 #[derive(Debug, Default)]
 pub struct Recent {
-    last: Option<Reading>,
+    last: Option<Counters>,
     samples: VecDeque<Sample>,
 }
 
@@ -169,7 +169,7 @@ impl Recent {
     }
 
     /// Takes a reading; what happened since the one before becomes a sample. The first one makes none.
-    pub fn take(&mut self, reading: Reading) {
+    pub fn take(&mut self, reading: Counters) {
         let at = reading.at;
         if let Some(last) = &self.last
             && let Some(sample) = between(last, &reading)
@@ -207,7 +207,7 @@ impl Recent {
 }
 
 /// What happened from one reading to the next; nothing can be said of no time.
-fn between(before: &Reading, after: &Reading) -> Option<Sample> {
+fn between(before: &Counters, after: &Counters) -> Option<Sample> {
     let seconds = after.at.checked_duration_since(before.at)?.as_secs_f64();
     if seconds <= 0.0 {
         return None;
@@ -218,7 +218,7 @@ fn between(before: &Reading, after: &Reading) -> Option<Sample> {
         at: after.at,
         published_per_second: per_second(before.totals.published, totals.published),
         rejected_per_second: per_second(before.totals.failed, totals.failed),
-        backlog: after.known.then_some(Backlog {
+        backlog: after.known.then_some(BacklogSample {
             lag: totals.lag_seconds,
             pending: totals.pending,
             retrying: totals.retrying,
@@ -281,7 +281,7 @@ mod tests {
         Durations { buckets, count: counts.iter().sum(), sum }
     }
 
-    fn reading(at: Instant, published: u64, failed: u64, pending: u64) -> Reading {
+    fn reading(at: Instant, published: u64, failed: u64, pending: u64) -> Counters {
         let totals = Totals {
             published,
             failed,
@@ -293,7 +293,7 @@ mod tests {
         };
         let (known, outage) = (true, false);
         let none = Durations::default();
-        Reading { at, totals, known, outage, claims: none.clone(), publishes: none.clone(), settles: none }
+        Counters { at, totals, known, outage, claims: none.clone(), publishes: none.clone(), settles: none }
     }
 
     #[test]
@@ -334,7 +334,7 @@ mod tests {
         assert_eq!(recent.columns(begun), Columns::default(), "one reading says nothing of a rate");
         assert!(!recent.is_due(begun + STEP / 2) && recent.is_due(begun + STEP));
         recent.take(reading(begun + Duration::from_secs(5), 2_000, 11, 30));
-        let unknown = Reading { known: false, outage: true, ..reading(begun + STEP * 2, 2_000, 11, 30) };
+        let unknown = Counters { known: false, outage: true, ..reading(begun + STEP * 2, 2_000, 11, 30) };
         recent.take(unknown);
         let columns = recent.columns(begun + Duration::from_secs(13));
         assert_eq!(columns.age_seconds, [8.0, 3.0]);

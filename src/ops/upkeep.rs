@@ -84,7 +84,7 @@ fn why_kept(outcome: Dropped) -> Option<&'static str> {
 }
 
 /// Whether there is to be another round.
-enum Next {
+enum Onward {
     Round,
     Stop,
 }
@@ -101,8 +101,8 @@ impl Upkeep {
         loop {
             self.heartbeat.beat();
             let pause = match self.round(&mut pass, &mut kept, stop) {
-                Ok(Next::Stop) => return Ok(()),
-                Ok(Next::Round) => {
+                Ok(Onward::Stop) => return Ok(()),
+                Ok(Onward::Round) => {
                     said.clear();
                     // Instances that were started together take turns.
                     ROUND.mul_f64(0.9 + 0.2 * fastrand::f64())
@@ -140,10 +140,10 @@ impl Upkeep {
         pass: &mut Pass,
         kept: &mut Kept,
         stop: &Receiver<Infallible>,
-    ) -> Result<Next, StoreError> {
+    ) -> Result<Onward, StoreError> {
         let turn = self.store.upkeep_turn()?;
         let mut partitions = self.store.partitions()?;
-        let mut next = Next::Round;
+        let mut next = Onward::Round;
         if let Some(turn) = turn {
             let live = self.live.now();
             self.create(&mut partitions, live.partitions.premake)?;
@@ -200,11 +200,11 @@ impl Upkeep {
         pass: &mut Pass,
         turn: &UpkeepTurn,
         stop: &Receiver<Infallible>,
-    ) -> Result<Next, StoreError> {
+    ) -> Result<Onward, StoreError> {
         let until = Instant::now() + CLEAN_LIMIT;
         if pass.left.is_empty() {
             if pass.next.is_some_and(|next| Instant::now() < next) {
-                return Ok(Next::Round);
+                return Ok(Onward::Round);
             }
             let listed = partitions.list(Some(retention))?;
             let old =
@@ -213,7 +213,7 @@ impl Upkeep {
         }
         while let Some(name) = pass.left.last() {
             if Instant::now() >= until || !turn.is_ours() {
-                return Ok(Next::Round);
+                return Ok(Onward::Round);
             }
             self.heartbeat.beat();
             let started = Instant::now();
@@ -231,12 +231,12 @@ impl Upkeep {
                 pass.left.pop();
             }
             select! {
-                recv(stop) -> _ => return Ok(Next::Stop),
+                recv(stop) -> _ => return Ok(Onward::Stop),
                 default(started.elapsed().max(CLEAN_PAUSE)) => {}
             }
         }
         pass.next = Some(Instant::now() + PASS_INTERVAL);
-        Ok(Next::Round)
+        Ok(Onward::Round)
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) enum Phase {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum ClientStep {
     Stay,
     Done,
 }
@@ -56,32 +56,32 @@ impl Client {
     }
 
     /// Does what can be done without waiting. An error ends the client.
-    pub(super) fn step(&mut self, pages: &Pages) -> io::Result<Step> {
+    pub(super) fn step(&mut self, pages: &Pages) -> io::Result<ClientStep> {
         match &mut self.phase {
             Phase::Head(head) => {
                 let mut chunk = [0; MAX_HEAD_BYTES];
                 let before = head.len();
                 let room = &mut chunk[..MAX_HEAD_BYTES - before];
                 match read(&mut self.stream, room)? {
-                    Some(0) => return Ok(Step::Done),
+                    Some(0) => return Ok(ClientStep::Done),
                     Some(length) => head.extend_from_slice(&room[..length]),
-                    None => return Ok(Step::Stay),
+                    None => return Ok(ClientStep::Stay),
                 }
-                let Some(answer) = pages.answer(head, before) else { return Ok(Step::Stay) };
+                let Some(answer) = pages.answer(head, before) else { return Ok(ClientStep::Stay) };
                 self.phase = Phase::Answer(Cursor::new(answer));
                 // There is room in the socket's buffer for nearly every answer: no need to ask poll first.
                 self.write()
             }
             Phase::Answer(_) => self.write(),
             Phase::Linger => match read(&mut self.stream, &mut [0; MAX_HEAD_BYTES])? {
-                Some(0) => Ok(Step::Done),
-                Some(_) | None => Ok(Step::Stay),
+                Some(0) => Ok(ClientStep::Done),
+                Some(_) | None => Ok(ClientStep::Stay),
             },
         }
     }
 
-    fn write(&mut self) -> io::Result<Step> {
-        let Phase::Answer(answer) = &mut self.phase else { return Ok(Step::Stay) };
+    fn write(&mut self) -> io::Result<ClientStep> {
+        let Phase::Answer(answer) = &mut self.phase else { return Ok(ClientStep::Stay) };
         loop {
             let rest = &answer.get_ref()[usize::try_from(answer.position()).unwrap_or(usize::MAX)..];
             if rest.is_empty() {
@@ -89,14 +89,14 @@ impl Client {
             }
             match self.stream.write(rest) {
                 Ok(length) => answer.set_position(answer.position() + length as u64),
-                Err(error) if waits(error.kind()) => return Ok(Step::Stay),
+                Err(error) if waits(error.kind()) => return Ok(ClientStep::Stay),
                 Err(error) => return Err(error),
             }
         }
         self.stream.shutdown(std::net::Shutdown::Write)?;
         self.deadline = self.deadline.min(Instant::now() + LINGER);
         self.phase = Phase::Linger;
-        Ok(Step::Stay)
+        Ok(ClientStep::Stay)
     }
 }
 

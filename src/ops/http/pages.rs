@@ -13,7 +13,7 @@ use tiny_http::{HTTPVersion, Header, Method, Response, StatusCode};
 use super::status_page::StatusPage;
 use crate::ops::health::{self, Facts, Health, ThreadState, Verdict};
 use crate::ops::metrics::{Metrics, Totals};
-use crate::ops::recent::{self, Columns, Reading, Recent, Waiting};
+use crate::ops::recent::{self, Columns, Counters, Recent, Waiting};
 use crate::postgres::{DeadLetter, Retry};
 
 /// Longest head of a request: request line and headers.
@@ -83,7 +83,7 @@ impl Pages {
         if !self.recent.is_due(now) {
             return;
         }
-        self.recent.take(Reading {
+        self.recent.take(Counters {
             at: now,
             totals: self.metrics.totals(),
             known: self.waiting.seen().known,
@@ -113,9 +113,9 @@ impl Pages {
     }
 
     /// The facts of `/status`.
-    fn status(&self) -> Status<'_> {
+    fn status(&self) -> StatusFacts<'_> {
         let facts = self.health.facts();
-        Status {
+        StatusFacts {
             instance: &self.instance,
             version: env!("CARGO_PKG_VERSION"),
             uptime_seconds: facts.uptime.as_secs(),
@@ -133,7 +133,7 @@ impl Pages {
 /// What the status page begins with.
 #[derive(Debug, Serialize)]
 struct First<'a> {
-    status: Status<'a>,
+    status: StatusFacts<'a>,
     recent: Recently,
 }
 
@@ -158,7 +158,7 @@ struct Recently {
 
 /// Everything we know about ourselves.
 #[derive(Debug, Serialize)]
-struct Status<'a> {
+struct StatusFacts<'a> {
     instance: &'a str,
     version: &'a str,
     uptime_seconds: u64,
