@@ -13,7 +13,7 @@
 macro_rules! query {
     ($name:literal $(, $parameter:ident)*) => { query!($name: [$name] $(, $parameter)*) };
     ($name:literal: [$($part:literal),+] $(, $parameter:ident)*) => {
-        $crate::postgres::pool::Query {
+        $crate::postgres::query::Query {
             name: $name,
             text: concat!($(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/postgres/", $part, ".sql"))),+),
             types: &[$(postgres::types::Type::$parameter),*],
@@ -27,6 +27,7 @@ mod claim_lanes;
 mod claim_open;
 mod claim_read;
 mod claim_settle;
+mod connection;
 mod dead;
 mod dsn;
 mod error;
@@ -35,10 +36,13 @@ mod overview;
 mod partitions;
 mod plain;
 mod pool;
+mod query;
 mod replay;
 mod server_life;
 mod sessions;
+mod storable;
 mod target;
+mod timestamptz;
 mod transaction;
 mod wake;
 
@@ -50,8 +54,10 @@ use postgres::types::ToSql;
 use postgres::{Client, Row};
 
 use self::claim_open::begin_claim;
+use self::connection::Connection;
 use self::home::Home;
-use self::pool::{Connection, LogAtDebug, Manager, Query};
+use self::pool::{LogAtDebug, Manager};
+use self::query::Query;
 use self::sessions::Preparing;
 use self::target::Target;
 use crate::config::{Database, DsnParts, Secret};

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use super::home::Home;
-use super::pool::{Query, typed};
+use super::query::{Query, typed};
 use super::target::Target;
 use super::{MIGRATIONS, Sessions, Store, StoreError, connect, first, read_all, schema_version, sessions};
 use crate::config::Database;

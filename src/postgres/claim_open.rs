@@ -21,8 +21,9 @@ use uuid::Uuid;
 use super::claim_read::{ClaimLimits, Locked, READ_ANY, READ_FRESH};
 use super::claim_settle::{SETTLE_DEAD, SETTLE_PUBLISHED};
 use super::home::Home;
-use super::pool::{Query, Timestamp};
+use super::query::Query;
 use super::server_life::ServerLife;
+use super::timestamptz::Timestamp;
 use super::transaction::Transaction;
 use super::{
     CLAIM_PLANS, NO_OTHER_LIMITS, SERVED_BY, STATEMENT_TIMEOUT, Shared, Store, StoreError, milliseconds,

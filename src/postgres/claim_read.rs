@@ -13,8 +13,9 @@ use postgres::types::ToSql;
 
 use super::claim_lanes::LaneRead;
 use super::claim_settle::Claim;
-use super::pool::{Query, Timestamp};
+use super::query::Query;
 use super::server_life::ServerLife;
+use super::timestamptz::Timestamp;
 use super::transaction::Transaction;
 use super::{Shared, StoreError, read_all, usize_of};
 use crate::event::Event;

@@ -11,7 +11,9 @@ use uuid::Uuid;
 
 use super::StoreError;
 use super::claim_lanes::{LaneEnd, LaneRead};
-use super::pool::{Connection, Query, Timestamp};
+use super::connection::Connection;
+use super::query::Query;
+use super::timestamptz::Timestamp;
 use super::transaction::Transaction;
 use crate::event::retry::MAX_ERROR_CHARS;
 use crate::event::{Event, Outcome};

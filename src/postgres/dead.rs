@@ -11,8 +11,10 @@ use std::time::Duration;
 use postgres::Row;
 use uuid::Uuid;
 
+use super::connection::Connection;
 use super::home::Home;
-use super::pool::{Connection, Query, Timestamp};
+use super::query::Query;
+use super::timestamptz::Timestamp;
 use super::{SERVED_BY, STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
 
 /// Longest wait for the claim that has a lane: longer than a claim sends, waits for acks, and probes.

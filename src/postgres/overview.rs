@@ -3,7 +3,7 @@
 //! Each is one reading statement over a pooled connection, with a limit on its time and on what it returns. Nothing
 //! here takes a lock that a claim or a writer could meet, and nothing reads a payload.
 
-use super::pool::Query;
+use super::query::Query;
 use super::{BACKLOG_TIMEOUT, Store, StoreError, first, read_all};
 
 /// A topic and what waits of it.

@@ -12,7 +12,7 @@ use postgres::types::ToSql;
 use postgres::{Client, Row};
 
 use super::home::Home;
-use super::pool::{Query, typed};
+use super::query::{Query, typed};
 use super::{NO_OTHER_LIMITS, Store, StoreError, connect, first, milliseconds, read_all};
 
 /// Making a partition may move rows, and dropping one tries for its locks; no step takes longer than this.

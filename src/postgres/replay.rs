@@ -9,8 +9,9 @@
 use postgres::{Client, Row, SimpleQueryMessage};
 use uuid::Uuid;
 
-use super::pool::{Query, Timestamp, typed};
+use super::query::{Query, typed};
 use super::sessions::{self, Sessions};
+use super::timestamptz::Timestamp;
 use super::{STATEMENT_TIMEOUT, Selection, Store, StoreError, Target, connect, read_all};
 use crate::config::Secret;
 use crate::event::Event;

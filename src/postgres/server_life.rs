@@ -6,7 +6,7 @@
 
 use postgres::Row;
 
-use super::pool::Timestamp;
+use super::timestamptz::Timestamp;
 
 /// One life of a server: another one may have forgotten what was settled in this one, as settles need not have been
 /// on disk when it crashed, nor have reached the standby that took over. Two different lives are never equal.

@@ -10,7 +10,8 @@ use postgres::Row;
 use postgres::types::ToSql;
 
 use super::StoreError;
-use super::pool::{Connection, Query};
+use super::connection::Connection;
+use super::query::Query;
 
 /// An open transaction; dropping it rolls it back. `None` once it has ended.
 pub(super) struct Transaction(pub(super) Option<Connection>);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator;
 
-use super::pool::Query;
+use super::query::Query;
 use super::{STATEMENT_TIMEOUT, Secret, Sessions, Store, StoreError, Target, connect, first, sessions};
 
 /// The sleep lock's key, beside the table's oid. `outbox_notify` in the schema has the same.
