@@ -7,7 +7,7 @@
 pub mod marks;
 
 /// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`. A power of two that a byte holds. The schema and
-/// `missing_lanes.sql` say the same number, and a test of `postgres.rs` that they do.
+/// `missing_lanes.sql` say the same number, and a test of `postgres/outbox.rs` that they do.
 pub const LANES: i32 = 64;
 
 /// A value for each lane.

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use super::home::Home;
+use super::migrate::{MIGRATIONS, schema_version};
 use super::query::{Query, typed};
 use super::target::Target;
-use super::{MIGRATIONS, Sessions, Store, StoreError, connect, first, read_all, schema_version, sessions};
+use super::{Sessions, Store, StoreError, connect, first, read_all, sessions};
 use crate::config::Database;
 use crate::postgres::adoption::{
     self, Column, Found, How, Kind, PartIndex, Partition, Schema, Step, Violated,

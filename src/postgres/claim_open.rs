@@ -12,23 +12,19 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use postgres::Row;
 use postgres::types::ToSql;
 use uuid::Uuid;
 
-use super::claim_read::{ClaimLimits, Locked, READ_ANY, READ_FRESH};
+use super::claim_read::{Locked, READ_ANY, READ_FRESH};
+use super::claim_settings::{ClaimLimits, ClaimSettings};
 use super::claim_settle::{SETTLE_DEAD, SETTLE_PUBLISHED};
-use super::home::Home;
 use super::query::Query;
 use super::server_life::ServerLife;
 use super::timestamptz::Timestamp;
 use super::transaction::Transaction;
-use super::{
-    CLAIM_PLANS, NO_OTHER_LIMITS, SERVED_BY, STATEMENT_TIMEOUT, Shared, Store, StoreError, milliseconds,
-    read_all, usize_of,
-};
+use super::{Shared, Store, StoreError, read_all, usize_of};
 use crate::event::retry::MAX_ERROR_CHARS;
 use crate::failpoint;
 use crate::lane::{ByLane, marks};
@@ -42,24 +38,6 @@ const FIND_FRESH: Query =
     query!("find_fresh": ["held", "find_fresh"], INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
 const LOCK_FRESH: Query = query!("lock_fresh", INT4_ARRAY, INT8, INT4);
-
-/// What a claim does beyond its limits; the same for every claim of a store.
-#[derive(Debug, Clone, Default)]
-pub struct ClaimSettings {
-    /// true: a settle is on disk when it returns (and wherever else the server's own setting wants it).
-    /// false: a crash of PostgreSQL may forget the last moment's settles, whose events are published again.
-    pub synchronous_commit: bool,
-    /// PostgreSQL ends a claim, and frees its lanes, when nothing was heard of it for this long.
-    pub idle_in_transaction_timeout: Duration,
-    /// An event waits for the earlier events of its key that are in retry.
-    pub ordered: bool,
-    /// An event waits for the earlier dead letters of its key. Means nothing unless `ordered`.
-    pub block_on_dead: bool,
-    /// Longest backoff there is: a retry that is due later than that from now is due, as clocks jump.
-    pub backoff_max: Duration,
-    /// Bytes of payload and metadata that one claim holds at most; a larger event comes alone.
-    pub max_claim_bytes: i64,
-}
 
 impl Store {
     /// Begins the transaction in which a claim is made.
@@ -312,18 +290,4 @@ pub struct Head {
 /// The cursors of these lanes.
 fn positions(lanes: &[i32], cursors: &ByLane<i64>) -> Vec<i64> {
     lanes.iter().map(|&lane| cursors.get(usize_of(lane)).copied().unwrap_or(marks::BEGINNING)).collect()
-}
-
-pub(super) fn begin_claim(settings: &ClaimSettings, home: &Home) -> String {
-    // `on` would take from a server that is set to wait for its replicas.
-    let commit =
-        if settings.synchronous_commit { "" } else { ", set_config('synchronous_commit', 'off', true)" };
-    format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
-         {CLAIM_PLANS}, set_config('idle_in_transaction_session_timeout', '{}', true), \
-         set_config('statement_timeout', '{}', true){commit}, {NO_OTHER_LIMITS}, {}{SERVED_BY}",
-        milliseconds(settings.idle_in_transaction_timeout),
-        milliseconds(STATEMENT_TIMEOUT),
-        home.of_transaction(),
-    )
 }

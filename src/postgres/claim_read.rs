@@ -12,6 +12,7 @@ use postgres::Row;
 use postgres::types::ToSql;
 
 use super::claim_lanes::LaneRead;
+use super::claim_settings::ClaimLimits;
 use super::claim_settle::Claim;
 use super::query::Query;
 use super::server_life::ServerLife;
@@ -20,7 +21,7 @@ use super::transaction::Transaction;
 use super::{Shared, StoreError, read_all, usize_of};
 use crate::event::Event;
 use crate::failpoint;
-use crate::lane::{LANES, marks};
+use crate::lane::marks;
 
 /// The column of what is read that says whether something may hold events back.
 const HELD: usize = 10;
@@ -33,24 +34,6 @@ pub(super) const READ_FRESH: Query = query!(
     INT4_ARRAY, INT4, BOOL, BOOL, INT8, INT8, INT8_ARRAY, INT8, BOOL
 );
 const LEFT_OUT: Query = query!("left_out", INT4_ARRAY, INT8_ARRAY, INT8_ARRAY, INT8_ARRAY);
-
-/// How much a claim may have.
-#[derive(Debug, Clone, Copy)]
-pub struct ClaimLimits {
-    /// Lanes at most.
-    pub lanes: i32,
-    /// Events at most.
-    pub events: i32,
-    /// Bytes of a payload at most, and of a metadata: what is larger can be no message, and stays in the database.
-    pub event_bytes: usize,
-}
-
-impl ClaimLimits {
-    /// Lanes at most of which each may have an event.
-    pub(super) fn max_lanes(&self) -> i32 {
-        self.lanes.clamp(1, LANES.min(self.events.max(1)))
-    }
-}
 
 /// Lanes locked, in an open transaction; their events are still to be read. Dropping it gives them back.
 pub struct Locked {

@@ -11,11 +11,12 @@ use std::time::Duration;
 use postgres::Row;
 use uuid::Uuid;
 
+use super::begin::{CLAIM_PLANS, SERVED_BY};
 use super::connection::Connection;
 use super::home::Home;
 use super::query::Query;
 use super::timestamptz::Timestamp;
-use super::{SERVED_BY, STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
+use super::{STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
 
 /// Longest wait for the claim that has a lane: longer than a claim sends, waits for acks, and probes.
 const LANE_TIMEOUT: Duration = Duration::from_secs(25);
@@ -218,7 +219,7 @@ fn begin_change(home: &Home) -> String {
     format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
          {}, set_config('statement_timeout', '{}', true), set_config('lock_timeout', '{}', true), {}{SERVED_BY}",
-        super::CLAIM_PLANS,
+        CLAIM_PLANS,
         milliseconds(STATEMENT_TIMEOUT),
         milliseconds(LANE_TIMEOUT),
         home.of_transaction(),

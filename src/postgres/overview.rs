@@ -3,8 +3,9 @@
 //! Each is one reading statement over a pooled connection, with a limit on its time and on what it returns. Nothing
 //! here takes a lock that a claim or a writer could meet, and nothing reads a payload.
 
+use super::outbox::BACKLOG_TIMEOUT;
 use super::query::Query;
-use super::{BACKLOG_TIMEOUT, Store, StoreError, first, read_all};
+use super::{Store, StoreError, first, read_all};
 
 /// A topic and what waits of it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]

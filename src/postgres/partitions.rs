@@ -11,9 +11,10 @@ use std::time::Duration;
 use postgres::types::ToSql;
 use postgres::{Client, Row};
 
+use super::begin::NO_OTHER_LIMITS;
 use super::home::Home;
 use super::query::{Query, typed};
-use super::{NO_OTHER_LIMITS, Store, StoreError, connect, first, milliseconds, read_all};
+use super::{Store, StoreError, connect, first, milliseconds, read_all};
 
 /// Making a partition may move rows, and dropping one tries for its locks; no step takes longer than this.
 pub const UPKEEP_STEP: Duration = Duration::from_secs(60);
