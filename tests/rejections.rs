@@ -51,7 +51,8 @@ fn a_subject_in_no_stream_dies_with_a_reason_and_delays_no_other_key() {
     assert!(error.contains("map the topic"), "it says what to do: {error}");
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     assert_eq!(stream.count(), 501, "a dead letter lets its key go on");
-    assert_eq!(daemon.log_lines("will retry").len(), 2, "{}", daemon.log());
+    assert_eq!(daemon.log_lines("publish refused, will retry: event=").len(), 2, "{}", daemon.log());
+    assert!(daemon.log_lines("no ack").is_empty(), "it was answered: {}", daemon.log());
     assert_eq!(daemon.log_lines("event is dead").len(), 1, "{}", daemon.log());
     assert_eq!(daemon.metric("outbox_events_failed_total"), 3.0);
     assert!(daemon.log_lines("outage begins").is_empty(), "a rejection is no outage");
@@ -158,6 +159,10 @@ fn an_event_without_an_ack_is_no_outage() {
     let (attempts, error) = dead_letter(&db, silent).unwrap();
     assert_eq!(attempts, 3);
     assert!(error.contains("no ack within 0.3s") && error.contains(&subject), "{error}");
+    let retries = daemon.log_lines("no ack, will retry: event=");
+    let counted: Vec<bool> = retries.iter().map(|line| !line.contains("attempt=0/3")).collect();
+    assert_eq!(counted, [false, false, true, true], "two are free: {}", daemon.log());
+    assert!(daemon.log_lines("refused").is_empty(), "nobody refused it: {}", daemon.log());
     assert!(daemon.log_lines("outage begins").is_empty(), "{}", daemon.log());
     assert_eq!(daemon.get("/ready").0, 200);
 }

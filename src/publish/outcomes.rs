@@ -109,9 +109,8 @@ impl<'a> Outcomes<'a> {
         match &outcome {
             Outcome::Retry { attempts, delay_ms, error } => {
                 let next = Duration::from_millis(u64::try_from(*delay_ms).unwrap_or(0)).as_secs_f64();
-                log::warn!(
-                    "publish refused, will retry: {which} attempt={attempts}/{max} next={next:.1}s: {error}"
-                );
+                let what = what_happened(failure);
+                log::warn!("{what}, will retry: {which} attempt={attempts}/{max} next={next:.1}s: {error}");
             }
             Outcome::Dead { attempts, error } => {
                 log::error!("event is dead: {which} attempts={attempts}/{max}: {error}");
@@ -130,5 +129,13 @@ impl<'a> Outcomes<'a> {
     /// What is reported in the end.
     pub(super) fn report(self) -> ClaimReport {
         self.report
+    }
+}
+
+/// How the line of an event that will be retried begins. Nobody refused an event that nobody answered.
+fn what_happened(failure: &Failure) -> &'static str {
+    match failure {
+        Failure::Unanswered { .. } => "no ack",
+        Failure::Rejected { .. } | Failure::Hopeless { .. } => "publish refused",
     }
 }
