@@ -1,8 +1,16 @@
 //! Publishing: a claim's events to messages, messages to outcomes, outcomes to rows.
 //!
-//! Runs on the worker threads ([`worker`]), one claim at a time each. It names the store for the claim that it reads and
-//! settles, the connection to NATS, and what an event is; it never chooses lanes and never connects. Every wait for NATS
-//! has a deadline; an outage is charged to no event.
+//! This folder owns what happens between a claim that is read and one that is settled: making messages, what is in
+//! flight, both protocols, the judgement of what NATS did not answer, and the announcement of dead letters. It runs on
+//! the worker threads, one claim at a time each; `pg-outbox replay` uses [`Publish`] on its main thread. It may name
+//! `nats` for the session that it sends on, `ops` for counters and the worker's pulse, `postgres` for the claim alone,
+//! which only `worker.rs` reads and settles, and the floors below. It never chooses lanes, never connects, never sleeps,
+//! and never waits for NATS without a deadline. An outage is charged to no event.
+//!
+//! From the top: `worker.rs` takes a claim through; `flight.rs` publishes it, by `jetstream.rs` or `core.rs`, and then
+//! `announce.rs`. Both protocols write into `outcomes.rs` and send within `window.rs` what `message.rs` makes, over the
+//! `wire.rs` of the claim. `in_flight.rs`, `batch.rs` and `verdict.rs` are JetStream's, but for what a denial means.
+//! `memory.rs` outlives a claim.
 
 mod announce;
 mod batch;

@@ -137,3 +137,33 @@ pub(super) fn denial(subject: &str) -> Failure {
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subject_that_nobody_takes_is_a_refusal_unless_it_is_the_streams() {
+        let facts = StreamFacts { subjects: vec!["order.>".into(), "one".into()], ..StreamFacts::default() };
+        for (subject, is_outage) in
+            [("order.placed", true), ("one", true), ("one.more", false), ("order", false)]
+        {
+            match unrouted(subject, "EVENTS", &facts) {
+                Ok(Failure::Rejected { error }) => {
+                    assert!(
+                        !is_outage && error.contains(&format!("no stream takes subject {subject}")),
+                        "{error}"
+                    );
+                }
+                Err(cause) => assert!(is_outage && cause.contains("a leader change?"), "{cause}"),
+                Ok(other) => panic!("{subject}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn silence_begins_with_what_is_looked_for_later() {
+        let error = silence("0.3s", "order.placed");
+        assert!(error.starts_with(NO_ACK) && error.contains("no ack within 0.3s though"), "{error}");
+    }
+}
