@@ -4,14 +4,15 @@
 //! not count, and everything an event needs does. Afterwards the outbox and the stream are counted: a run that lost or
 //! doubled an event is an error, not a figure. CPU time is that of the whole run, the start included.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::thread::{self, sleep};
+use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 
+use super::events::{KeyDistribution, empty, insert_sql, load};
+use super::process;
+use super::run::{BenchRun, Point};
 use super::testbed::{DaemonOptions, Outbox, Statements};
-use super::{Bench, process};
 use crate::lab::daemon::Daemon;
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
@@ -20,33 +21,10 @@ use crate::postgres::Plain;
 const LOOK: Duration = Duration::from_millis(20);
 /// Longest time without progress.
 const STALL_LIMIT: Duration = Duration::from_secs(120);
-/// Sessions that load events, and how many events each inserts at a time.
-const LOADERS: usize = 2;
-const LOAD_STEP: i64 = 10_000;
 /// Points of a curve at most, about.
 const CURVE_POINTS: u64 = 100;
-
-/// Which keys the events have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum KeyDistribution {
-    /// So many, by turns.
-    Many(u64),
-    /// One.
-    One,
-    /// Each event its own.
-    Each,
-}
-
-impl KeyDistribution {
-    /// The key of event `n`, as SQL.
-    fn sql(self) -> String {
-        match self {
-            KeyDistribution::Many(keys) => format!("'key-' || n % {keys}"),
-            KeyDistribution::One => "'key'".into(),
-            KeyDistribution::Each => "'key-' || n".into(),
-        }
-    }
-}
+/// A batch is about as fast as the fastest when it drains at this part of its rate: so much do runs of one batch differ.
+const ABOUT_BEST: f64 = 0.9;
 
 /// What some other session does all the while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,92 +60,83 @@ pub(super) struct Drain {
     pub(super) statements: Statements,
 }
 
-/// A point of a curve: seconds since the first message, and events published until then.
-pub(super) type Point = (f64, f64);
-
-/// A SELECT of `number`, topic, metadata and payload of the events `first` to `last`, which are SQL: of about 450 bytes of
-/// payload and metadata each.
-fn events_sql(keys: KeyDistribution, number: &str, first: &str, last: &str) -> String {
-    format!(
-        "SELECT {number} 'order.placed' AS topic,
-                jsonb_build_object('ordering-key', {}, 'content-type', 'application/json',
-                                   'trace-id', md5(n::text), 'tenant', 'tenant-' || n % 7) AS metadata,
-                jsonb_build_object('n', n, 'order', md5((n * 7)::text), 'customer', 'customer-' || n % 1000,
-                                   'amount', n % 100000, 'currency', 'EUR', 'lines',
-                                   jsonb_build_array(md5((n * 3)::text), md5((n * 5)::text), md5((n * 11)::text)),
-                                   'note', repeat('It will be delivered. ', 4)) AS payload
-           FROM generate_series({first}::bigint, {last}::bigint) AS n",
-        keys.sql()
-    )
-}
-
-/// An INSERT of events `$1` to `$2`.
-pub(super) fn insert_sql(keys: KeyDistribution) -> String {
-    format!("INSERT INTO outboxes (topic, metadata, payload) {}", events_sql(keys, "", "$1", "$2"))
-}
-
-/// An INSERT of events `$1` to `$2` out of those that [`prepare`] has made.
-pub(super) const INSERT_PREPARED: &str = "INSERT INTO outboxes (topic, metadata, payload)
-     SELECT topic, metadata, payload FROM prepared_events WHERE n BETWEEN $1 AND $2";
-
-/// Makes events 1 to `count`, and lays them aside. Applications make theirs elsewhere; here that would take as much of
-/// the processors as to insert them does.
-pub(super) fn prepare(session: &mut Plain, keys: KeyDistribution, count: i64) -> Result<()> {
-    let events = events_sql(keys, "n,", "1", &count.to_string());
-    for sql in [
-        "DROP TABLE IF EXISTS prepared_events",
-        &format!("CREATE UNLOGGED TABLE prepared_events AS {events}"),
-        "CREATE UNIQUE INDEX ON prepared_events (n)",
-        "ANALYZE prepared_events",
-    ] {
-        session.run(sql)?;
+/// The smallest batch that is about as fast as the fastest: a larger one only takes more memory. The first drain,
+/// on servers that have just been started, does not count.
+pub(super) fn find_best_batch(bench: &mut BenchRun, outbox: &Outbox) -> Result<()> {
+    let mut rates = Vec::new();
+    for &batch in bench.scale.batches.iter().take(1).chain(bench.scale.batches) {
+        let tried = Drain { batch, ..Drain::usual(bench, "scan") };
+        on_empty(bench, outbox, 1, tried)?;
+        rates.push((batch, bench.book.values("scan").last().copied().unwrap_or(0.0)));
     }
+    let tried = &rates[1..];
+    let best = tried.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
+    let about_best = tried.iter().find(|(_, rate)| *rate >= best * ABOUT_BEST);
+    bench.best_batch = about_best.map_or(bench.best_batch, |(batch, _)| *batch);
     Ok(())
 }
 
-/// Loads events 1 to `count` by `sql`, which is as [`insert_sql`] makes it: in several sessions at the same time, as
-/// loading takes longer than draining.
-pub(super) fn load(stop: &AtomicBool, outbox: &Outbox, sql: &str, count: u64) -> Result<()> {
-    let count = i64::try_from(count).context("so many events")?;
-    let next = &AtomicI64::new(1);
-    let load_some = || -> Result<()> {
-        let mut insert = outbox.session()?.into_insert(sql)?;
-        loop {
-            super::go_on(stop)?;
-            let first = next.fetch_add(LOAD_STEP, Ordering::Relaxed);
-            if first > count {
-                return Ok(());
-            }
-            insert.insert(first, count.min(first + LOAD_STEP - 1))?;
-        }
-    };
-    thread::scope(|scope| {
-        let loaders: Vec<_> = (0..LOADERS).map(|_| scope.spawn(load_some)).collect();
-        for loader in loaders {
-            match loader.join() {
-                Ok(loaded) => loaded?,
-                Err(_) => bail!("a session that loads panicked"),
-            }
-        }
-        Ok(())
-    })
-}
-
-/// Makes the outbox empty, and what it costs to write to it the same as ever.
-pub(super) fn empty(session: &mut Plain) -> Result<()> {
-    session.run("TRUNCATE outboxes")?;
-    checkpoint(session);
+/// The drains of one round.
+pub(super) fn run(bench: &mut BenchRun, outbox: &Outbox, round: usize) -> Result<()> {
+    let one_key = KeyDistribution::One;
+    on_empty(bench, outbox, round, Drain::usual(bench, "drain.best"))?;
+    on_empty(bench, outbox, round, Drain { batch: 100, ..Drain::usual(bench, "drain.100") })?;
+    if takes_atomic_batches(bench) {
+        let drain =
+            Drain { keys: one_key, batches: Batches::Atomic, ..Drain::usual(bench, "drain.one_key_atomic") };
+        on_empty(bench, outbox, round, drain)?;
+    }
+    let few = (bench.scale.events / 5).max(1);
+    on_empty(
+        bench,
+        outbox,
+        round,
+        Drain { keys: one_key, pending: few, ..Drain::usual(bench, "drain.one_key") },
+    )?;
+    on_empty(
+        bench,
+        outbox,
+        round,
+        Drain { keys: KeyDistribution::Each, ..Drain::usual(bench, "drain.key_each") },
+    )?;
+    on_empty(bench, outbox, round, Drain { workers: 1, ..Drain::usual(bench, "drain.best.1") })?;
+    on_empty(bench, outbox, round, Drain { workers: 1, batch: 100, ..Drain::usual(bench, "drain.100.1") })?;
     Ok(())
 }
 
-/// Only a superuser may, and nothing depends on it.
-fn checkpoint(session: &mut Plain) {
-    let _ = session.run("CHECKPOINT");
+/// Empties the outbox and drains it.
+pub(super) fn on_empty(
+    bench: &mut BenchRun,
+    outbox: &Outbox,
+    round: usize,
+    drain: Drain,
+) -> Result<Vec<Point>> {
+    bench.go_on()?;
+    bench.say(round, drain.name);
+    bench.progress.set_length(drain.pending);
+    bench.progress.set_position(0);
+    empty(&mut outbox.session()?)?;
+    drain.run(bench, outbox)
 }
 
 impl Drain {
+    /// The drain that the others differ from in one thing.
+    pub(super) fn usual(bench: &BenchRun, name: &'static str) -> Drain {
+        Drain {
+            name,
+            pending: bench.scale.events,
+            keys: KeyDistribution::Many(bench.scale.keys),
+            workers: bench.scale.workers,
+            batch: bench.best_batch,
+            instances: 1,
+            batches: Batches::None,
+            held: HeldSnapshot::None,
+            statements: Statements::Uncounted,
+        }
+    }
+
     /// Drains `outbox` and notes what it took under `name` and `name.*`. Returns the curve.
-    pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox) -> Result<Vec<Point>> {
+    pub(super) fn run(&self, bench: &mut BenchRun, outbox: &Outbox) -> Result<Vec<Point>> {
         let mut session = outbox.session()?;
         let _held = self.hold(outbox)?;
         load(&bench.stop, outbox, &insert_sql(self.keys), self.pending)?;
@@ -215,7 +184,7 @@ impl Drain {
         Ok(curve)
     }
 
-    fn note(&self, bench: &mut Bench, what: &str, value: f64) {
+    fn note(&self, bench: &mut BenchRun, what: &str, value: f64) {
         bench.book.note(&format!("{}{what}", self.name), value);
     }
 
@@ -236,7 +205,7 @@ impl Drain {
     }
 
     /// Waits until all is published.
-    fn follow(&self, bench: &Bench, daemons: &mut [Daemon]) -> Result<Vec<Point>> {
+    fn follow(&self, bench: &BenchRun, daemons: &mut [Daemon]) -> Result<Vec<Point>> {
         let mut seen: Vec<(SystemTime, u64)> = Vec::new();
         let mut news = Instant::now();
         loop {
@@ -262,7 +231,7 @@ impl Drain {
     }
 
     /// Stops the daemons and makes sure that nothing is left and nothing came twice.
-    fn finish(&self, bench: &Bench, session: &mut Plain, daemons: Vec<Daemon>) -> Result<()> {
+    fn finish(&self, bench: &BenchRun, session: &mut Plain, daemons: Vec<Daemon>) -> Result<()> {
         for mut daemon in daemons {
             ensure!(daemon.drain()?, "the daemon did not stop in order: {}", daemon.log_tail());
         }
@@ -294,8 +263,41 @@ struct Used {
 }
 
 impl Used {
-    fn by_servers(bench: &Bench) -> Result<Option<Used>> {
+    fn by_servers(bench: &BenchRun) -> Result<Option<Used>> {
         let Some((postgres, nats)) = bench.testbed.pids() else { return Ok(None) };
         Ok(Some(Used { postgres: process::tree_cpu_s(postgres)?, nats: process::cpu_s(nats)? }))
+    }
+}
+
+fn takes_atomic_batches(bench: &mut BenchRun) -> bool {
+    let version = bench.testbed.streams().version();
+    let takes = takes_batches(&version);
+    let why = format!(
+        "atomic batches: this is nats-server {version}, and 2.12 was the first to have them \
+         (PG_OUTBOX_NATS_SERVER names the program)"
+    );
+    if !takes && !bench.omitted.contains(&why) {
+        bench.omitted.push(why);
+    }
+    takes
+}
+
+/// Whether a nats-server of this version can take atomic batches.
+fn takes_batches(version: &str) -> bool {
+    let mut numbers = version.split('.').map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(2), Some(12))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        for (version, takes) in
+            [("2.9.10", false), ("2.12.0", true), ("2.15.1-RC.1", true), ("3.0.0", true), ("", false)]
+        {
+            assert_eq!(takes_batches(version), takes, "{version}");
+        }
     }
 }

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::Bench;
-use super::drain::{INSERT_PREPARED, KeyDistribution, empty, prepare};
+use super::events::{INSERT_PREPARED, KeyDistribution, empty, prepare};
+use super::run::BenchRun;
 use super::testbed::{DaemonOptions, Outbox, Statements};
 use crate::lab::daemon::Daemon;
 use crate::lab::numbers::percentile;
@@ -25,6 +25,25 @@ use crate::postgres::Insert;
 const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);
 /// Time for the daemon to fall asleep before the first event.
 const SETTLE_DOWN: Duration = Duration::from_secs(2);
+
+/// Notes latencies under every load, round after round.
+pub(super) fn run(bench: &mut BenchRun, outbox: &Outbox) -> Result<()> {
+    let lasts = bench.scale.latency;
+    let rate = ["drain.best", "scan"].iter().find_map(|name| bench.book.spread(name)).map(|rate| rate.median);
+    let half = rate.context("no drain was measured")? / 2.0;
+    for round in 1..=bench.scale.rounds {
+        for load in [
+            Load { name: "latency.idle", rate: 10.0, events: 1, writers: 1, lasts },
+            Load { name: "latency.1000", rate: 1_000.0, events: 1, writers: 4, lasts: lasts / 2 },
+            Load { name: "latency.half", rate: half, events: 50, writers: 8, lasts: lasts / 2 },
+        ] {
+            bench.go_on()?;
+            bench.say(round, load.name);
+            load.run(bench, outbox)?;
+        }
+    }
+    Ok(())
+}
 
 /// A load to be.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +62,7 @@ pub(super) struct Load {
 
 impl Load {
     /// Writes events at this rate and notes when they were stored.
-    pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox) -> Result<()> {
+    pub(super) fn run(&self, bench: &mut BenchRun, outbox: &Outbox) -> Result<()> {
         let mut session = outbox.session()?;
         prepare(&mut session, KeyDistribution::Many(1_000), self.transactions() * self.events)?;
         empty(&mut session)?;
@@ -132,7 +151,7 @@ impl Load {
         Ok(committed)
     }
 
-    fn read_back(&self, bench: &Bench, committed_ns: &[i64]) -> Result<Vec<f64>> {
+    fn read_back(&self, bench: &BenchRun, committed_ns: &[i64]) -> Result<Vec<f64>> {
         let (url, auth) = bench.testbed.nats();
         let mut reader = StreamReader::open(url, auth, bench.testbed.stream()?)?;
         let mut latencies_ms = Vec::with_capacity(committed_ns.len());
@@ -153,7 +172,7 @@ struct Numbered {
     n: usize,
 }
 
-fn await_published(bench: &Bench, daemon: &mut Daemon, events: usize) -> Result<()> {
+fn await_published(bench: &BenchRun, daemon: &mut Daemon, events: usize) -> Result<()> {
     let deadline = Instant::now() + ARRIVAL_LIMIT;
     while daemon.metric("outbox_events_published_total")? < events as f64 {
         bench.go_on()?;

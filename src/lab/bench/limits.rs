@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::drain::{KeyDistribution, insert_sql, load};
+use super::events::{KeyDistribution, empty, insert_sql, load};
+use super::run::BenchRun;
 use super::testbed::Outbox;
-use super::{Bench, drain};
 use crate::config::{Database, PreparedStatements};
 use crate::event::headers::HeaderPolicy;
 use crate::event::{Event, Outcome};
@@ -26,10 +26,10 @@ const WINDOW: usize = 5_000;
 const ONE_AT_A_TIME: usize = 10_000;
 
 /// Notes all three limits.
-pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
+pub(super) fn run(bench: &mut BenchRun, outbox: &Outbox) -> Result<()> {
     let scale = &bench.scale;
     let (events, keys, workers, batch) = (scale.events, scale.keys, scale.workers, bench.best_batch);
-    drain::empty(&mut outbox.session()?)?;
+    empty(&mut outbox.session()?)?;
     load(&bench.stop, outbox, &insert_sql(KeyDistribution::Many(keys)), events)?;
     let (took, events) = database_alone(outbox, workers, batch)?;
     ensure!(events.len() as u64 == bench.scale.events, "claims found {} events", events.len());
@@ -45,7 +45,7 @@ pub(super) fn run(bench: &mut Bench, outbox: &Outbox) -> Result<()> {
     Ok(())
 }
 
-fn publish_alone(bench: &Bench, events: &[Event], window: usize) -> Result<Duration> {
+fn publish_alone(bench: &BenchRun, events: &[Event], window: usize) -> Result<Duration> {
     let policy = HeaderPolicy {
         instance: "bench-0".into(),
         stream: Some(bench.testbed.stream()?.to_owned()),

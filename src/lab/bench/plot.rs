@@ -6,8 +6,8 @@ use anyhow::{Context, Result, anyhow};
 use plotters::prelude::*;
 
 use super::book::Spread;
-use super::drain::Point;
 use super::report::BenchReport;
+use super::run::Point;
 
 const SIZE: (u32, u32) = (1_000, 420);
 /// What is drawn to the right of these counts of pending events.

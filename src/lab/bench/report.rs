@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::book::{Book, Bound, FIGURES, GOALS, Of, Spread};
-use super::drain::Point;
+use super::run::Point;
 use crate::lab::numbers::thousands;
 
 /// What was measured on what.

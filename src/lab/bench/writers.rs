@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use rustix::process::Signal;
 
-use super::Bench;
-use super::drain::{KeyDistribution, empty, insert_sql};
+use super::events::{KeyDistribution, empty, insert_sql};
+use super::run::BenchRun;
 use super::testbed::{DaemonOptions, Outbox, Statements};
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
@@ -23,6 +23,24 @@ const WRITERS: usize = 16;
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Longest wait for the daemon to sleep.
 const SLEEP_LIMIT: Duration = Duration::from_secs(30);
+
+/// Notes inserts a second under each, round after round.
+pub(super) fn run(bench: &mut BenchRun, outbox: &Outbox) -> Result<()> {
+    let lasts = bench.scale.writing;
+    for round in 1..=bench.scale.rounds {
+        for (name, trigger, daemon) in [
+            ("writers.busy.trigger", Trigger::Ours, DaemonState::Busy),
+            ("writers.busy.none", Trigger::None, DaemonState::Busy),
+            ("writers.asleep.trigger", Trigger::Ours, DaemonState::Asleep),
+            ("writers.asleep.none", Trigger::None, DaemonState::Asleep),
+        ] {
+            bench.go_on()?;
+            bench.say(round, name);
+            Writers { name, trigger, daemon }.run(bench, outbox, lasts)?;
+        }
+    }
+    Ok(())
+}
 
 /// Whether our trigger is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +73,7 @@ pub(super) struct Writers {
 
 impl Writers {
     /// Writes for `lasts` and notes inserts a second.
-    pub(super) fn run(&self, bench: &mut Bench, outbox: &Outbox, lasts: Duration) -> Result<()> {
+    pub(super) fn run(&self, bench: &mut BenchRun, outbox: &Outbox, lasts: Duration) -> Result<()> {
         let mut session = outbox.session()?;
         empty(&mut session)?;
         bench.testbed.fresh_stream(Batches::None)?;
@@ -67,7 +85,7 @@ impl Writers {
         Ok(())
     }
 
-    fn write(&self, bench: &Bench, outbox: &Outbox, session: &mut Plain, lasts: Duration) -> Result<f64> {
+    fn write(&self, bench: &BenchRun, outbox: &Outbox, session: &mut Plain, lasts: Duration) -> Result<f64> {
         let options = DaemonOptions {
             workers: bench.scale.workers,
             batch: bench.best_batch,
@@ -86,7 +104,7 @@ impl Writers {
 }
 
 /// Waits until the sleep lock is held, from which on every writer notifies.
-fn await_sleep(bench: &Bench, session: &mut Plain) -> Result<()> {
+fn await_sleep(bench: &BenchRun, session: &mut Plain) -> Result<()> {
     let deadline = Instant::now() + SLEEP_LIMIT;
     let held = "SELECT count(*) FROM pg_locks
                  WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND classid = 1869968483

@@ -1,0 +1,108 @@
+//! What the bench is asked for: its options, its parts, and how much of everything a run does.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What the bench does.
+#[derive(Debug, Clone)]
+pub struct BenchOptions {
+    /// The configuration whose servers are used; `None` for private ones.
+    pub here: Option<PathBuf>,
+    /// The parts to run; all if empty.
+    pub only: Vec<BenchPart>,
+    /// Seconds instead of an hour: the figures are rough.
+    pub quick: bool,
+    /// 5 million pending as well.
+    pub long: bool,
+    /// Rounds, at least 1.
+    pub rounds: Option<usize>,
+    /// Events of a drain.
+    pub events: Option<u64>,
+    /// Worker threads of a daemon.
+    pub workers: usize,
+    /// Print JSON instead of tables.
+    pub json: bool,
+    /// Where the curves go, as SVG.
+    pub plot: Option<PathBuf>,
+}
+
+/// A part of the bench.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BenchPart {
+    /// Each server alone.
+    Limits,
+    /// Draining, by batch, workers and keys.
+    Drain,
+    /// From commit to stored.
+    Latency,
+    /// Statements, and the idle daemon. (CPU, WAL and memory come with every drain.)
+    Cost,
+    /// Draining with more pending, more published, and an old snapshot.
+    Growth,
+    /// What writers pay.
+    Writers,
+    /// Several instances.
+    Instances,
+}
+
+impl BenchPart {
+    /// All of them, in the order in which they run.
+    pub const ALL: [BenchPart; 7] = [
+        BenchPart::Limits,
+        BenchPart::Drain,
+        BenchPart::Latency,
+        BenchPart::Cost,
+        BenchPart::Growth,
+        BenchPart::Writers,
+        BenchPart::Instances,
+    ];
+}
+
+/// How much of everything.
+#[derive(Debug, Clone)]
+pub(super) struct Scale {
+    pub(super) rounds: usize,
+    pub(super) events: u64,
+    pub(super) keys: u64,
+    pub(super) workers: usize,
+    /// Events pending in the growth part, for the figures 10k, 100k, 1m and 5m.
+    pub(super) growth: [u64; 4],
+    pub(super) published: u64,
+    pub(super) latency: Duration,
+    pub(super) writing: Duration,
+    pub(super) idle: Duration,
+    pub(super) batches: &'static [usize],
+}
+
+impl Scale {
+    /// What these options ask for.
+    pub(super) fn of(options: &BenchOptions) -> Scale {
+        let BenchOptions { rounds, events, workers, .. } = *options;
+        if options.quick {
+            return Scale {
+                rounds: rounds.unwrap_or(1),
+                events: events.unwrap_or(5_000),
+                keys: 1_000,
+                workers,
+                growth: [1_000, 5_000, 10_000, 20_000],
+                published: 20_000,
+                latency: Duration::from_secs(1),
+                writing: Duration::from_secs(1),
+                idle: Duration::from_secs(2),
+                batches: &[1_000],
+            };
+        }
+        Scale {
+            rounds: rounds.unwrap_or(5),
+            events: events.unwrap_or(100_000),
+            keys: 1_000,
+            workers,
+            growth: [10_000, 100_000, 1_000_000, 5_000_000],
+            published: 5_000_000,
+            latency: Duration::from_secs(20),
+            writing: Duration::from_secs(5),
+            idle: Duration::from_secs(10),
+            batches: &[500, 1_000, 2_000, 5_000],
+        }
+    }
+}
