@@ -10,7 +10,7 @@ use super::drain::{self, Drain};
 use super::events::empty;
 use super::process;
 use super::run::BenchRun;
-use super::testbed::{DaemonOptions, Outbox, Statements};
+use super::testbed::{Outbox, Statements};
 use crate::nats::streams::Batches;
 
 /// Time for the daemon to fall asleep.
@@ -43,12 +43,7 @@ fn idle(bench: &mut BenchRun, outbox: &Outbox) -> Result<()> {
     let mut session = outbox.session()?;
     empty(&mut session)?;
     bench.testbed.fresh_stream(Batches::None)?;
-    let options = DaemonOptions {
-        workers: bench.scale.workers,
-        batch: bench.best_batch,
-        number: 0,
-        statements: Statements::Counted,
-    };
+    let options = bench.daemon_options(Statements::Counted);
     let daemon = bench.testbed.start_daemon(outbox, options)?;
     sleep(SETTLE_DOWN.min(2 * bench.scale.idle));
     let counts = bench.testbed.counts_statements();

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::events::{INSERT_PREPARED, KeyDistribution, empty, prepare};
 use super::run::BenchRun;
-use super::testbed::{DaemonOptions, Outbox, Statements};
+use super::testbed::{Outbox, Statements};
 use crate::lab::daemon::Daemon;
 use crate::lab::numbers::percentile;
 use crate::nats::reader::StreamReader;
@@ -67,12 +67,7 @@ impl Load {
         prepare(&mut session, KeyDistribution::Many(1_000), self.transactions() * self.events)?;
         empty(&mut session)?;
         bench.testbed.fresh_stream(Batches::None)?;
-        let options = DaemonOptions {
-            workers: bench.scale.workers,
-            batch: bench.best_batch,
-            number: 0,
-            statements: Statements::Uncounted,
-        };
+        let options = bench.daemon_options(Statements::Uncounted);
         let mut daemon = bench.testbed.start_daemon(outbox, options)?;
         sleep(SETTLE_DOWN.min(self.lasts));
         let began = Instant::now();

@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 
 use super::book::Book;
 use super::options::Scale;
-use super::testbed::Testbed;
+use super::testbed::{DaemonOptions, Statements, Testbed};
 
 /// A point of a curve: seconds since the first message, and events published until then.
 pub(super) type Point = (f64, f64);
@@ -32,6 +32,11 @@ impl BenchRun {
     /// An error once somebody has asked us to stop.
     pub(super) fn go_on(&self) -> Result<()> {
         go_on(&self.stop)
+    }
+
+    /// How a daemon of the bench is configured, unless said otherwise.
+    pub(super) fn daemon_options(&self, statements: Statements) -> DaemonOptions {
+        DaemonOptions { workers: self.scale.workers, batch: self.best_batch, number: 0, statements }
     }
 
     /// Shows what is being measured.

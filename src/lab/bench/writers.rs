@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use super::events::{KeyDistribution, empty, insert_sql};
 use super::run::BenchRun;
-use super::testbed::{DaemonOptions, Outbox, Statements};
+use super::testbed::{Outbox, Statements};
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
 
@@ -86,12 +86,7 @@ impl Writers {
     }
 
     fn write(&self, bench: &BenchRun, outbox: &Outbox, session: &mut Plain, lasts: Duration) -> Result<f64> {
-        let options = DaemonOptions {
-            workers: bench.scale.workers,
-            batch: bench.best_batch,
-            number: 0,
-            statements: Statements::Uncounted,
-        };
+        let options = bench.daemon_options(Statements::Uncounted);
         let daemon = bench.testbed.start_daemon(outbox, options)?;
         if self.daemon == DaemonState::Asleep {
             if self.trigger == Trigger::Ours {
