@@ -12,9 +12,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 pub use self::execute::run;
-use crate::command::dead::{self, MessageId};
+use crate::command::dead::{DeadAction, DiscardOptions, MessageId, RetryOptions};
+use crate::command::filter;
+use crate::command::migrate::OrderingScope;
+use crate::command::options::{ChangeOptions, Format, Mode};
+use crate::command::partitions::PartitionsAction;
+use crate::command::replay::ReplayOptions;
 use crate::command::terminal::Consent;
-use crate::command::{filter, migrate, partitions, replay, status};
 use crate::config::DEFAULT_PATH;
 use crate::lab::bench::{self, BenchOptions};
 use crate::postgres::Selection;
@@ -262,19 +266,19 @@ pub(crate) struct Replay {
     change: Change,
 }
 
-impl TryFrom<&Replay> for replay::Replay {
+impl TryFrom<&Replay> for ReplayOptions {
     type Error = anyhow::Error;
 
-    fn try_from(asked: &Replay) -> Result<replay::Replay> {
+    fn try_from(asked: &Replay) -> Result<ReplayOptions> {
         let Replay { select, after, rate, prefix, stream, name, change } = asked;
-        Ok(replay::Replay {
+        Ok(ReplayOptions {
             selection: select.selection()?,
             after: *after,
             rate: *rate,
             prefix: prefix.clone(),
             stream: stream.clone(),
             name: name.clone(),
-            how: change.how(),
+            change: change.how(),
         })
     }
 }
@@ -294,34 +298,34 @@ pub(crate) struct Change {
 }
 
 impl Change {
-    fn how(&self) -> dead::How {
-        dead::How {
-            mode: if self.dry_run { partitions::Mode::Dry } else { partitions::Mode::Real },
+    fn how(&self) -> ChangeOptions {
+        ChangeOptions {
+            mode: if self.dry_run { Mode::Dry } else { Mode::Real },
             consent: if self.yes { Consent::Given } else { Consent::Ask },
             format: format(self.json),
         }
     }
 }
 
-pub(crate) fn format(json: bool) -> status::Format {
-    if json { status::Format::Json } else { status::Format::Table }
+pub(crate) fn format(json: bool) -> Format {
+    if json { Format::Json } else { Format::Table }
 }
 
-impl TryFrom<&Dead> for dead::Action {
+impl TryFrom<&Dead> for DeadAction {
     type Error = anyhow::Error;
 
-    fn try_from(action: &Dead) -> Result<dead::Action> {
+    fn try_from(action: &Dead) -> Result<DeadAction> {
         Ok(match action {
-            Dead::List { select, json } => dead::Action::List(select.selection(), format(*json)),
-            Dead::Show { ids, json } => dead::Action::Show(ids.clone(), format(*json)),
+            Dead::List { select, json } => DeadAction::List(select.selection(), format(*json)),
+            Dead::Show { ids, json } => DeadAction::Show(ids.clone(), format(*json)),
             Dead::Retry { select, change, new_id, rate } => {
                 let message_id = if *new_id { MessageId::Fresh } else { MessageId::Own };
-                let retry = dead::Retry { message_id, rate: *rate };
-                dead::Action::Retry(select.for_change()?, retry, change.how())
+                let retry = RetryOptions { message_id, rate: *rate };
+                DeadAction::Retry(select.for_change()?, retry, change.how())
             }
             Dead::Discard { select, change, reason, by } => {
-                let discard = dead::Discard { by: by.clone(), reason: reason.clone() };
-                dead::Action::Discard(select.for_change()?, discard, change.how())
+                let discard = DiscardOptions { by: by.clone(), reason: reason.clone() };
+                DeadAction::Discard(select.for_change()?, discard, change.how())
             }
         })
     }
@@ -353,16 +357,16 @@ pub(crate) enum Partitions {
     },
 }
 
-impl From<&Partitions> for partitions::Action {
-    fn from(action: &Partitions) -> partitions::Action {
-        let mode = |dry_run| if dry_run { partitions::Mode::Dry } else { partitions::Mode::Real };
+impl From<&Partitions> for PartitionsAction {
+    fn from(action: &Partitions) -> PartitionsAction {
+        let mode = |dry_run| if dry_run { Mode::Dry } else { Mode::Real };
         match action {
-            Partitions::List { json: false } => partitions::Action::List,
-            Partitions::List { json: true } => partitions::Action::ListJson,
+            Partitions::List { json: false } => PartitionsAction::List(Format::Table),
+            Partitions::List { json: true } => PartitionsAction::List(Format::Json),
             Partitions::Create { month, dry_run } => {
-                partitions::Action::Create { month: month.clone(), mode: mode(*dry_run) }
+                PartitionsAction::Create { month: month.clone(), mode: mode(*dry_run) }
             }
-            Partitions::Drop { dry_run } => partitions::Action::Drop { mode: mode(*dry_run) },
+            Partitions::Drop { dry_run } => PartitionsAction::Drop { mode: mode(*dry_run) },
         }
     }
 }
@@ -449,7 +453,7 @@ impl From<Part> for bench::BenchPart {
     }
 }
 
-/// As [`migrate::Order`], for the command line.
+/// As [`OrderingScope`], for the command line.
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Order {
     /// The metadata field `ordering-key`, else the topic.
@@ -460,12 +464,12 @@ pub(crate) enum Order {
     All,
 }
 
-impl From<Order> for migrate::Order {
-    fn from(order: Order) -> migrate::Order {
+impl From<Order> for OrderingScope {
+    fn from(order: Order) -> OrderingScope {
         match order {
-            Order::Key => migrate::Order::Key,
-            Order::Topic => migrate::Order::Topic,
-            Order::All => migrate::Order::All,
+            Order::Key => OrderingScope::Key,
+            Order::Topic => OrderingScope::Topic,
+            Order::All => OrderingScope::All,
         }
     }
 }

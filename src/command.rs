@@ -6,6 +6,7 @@ pub mod dead;
 pub mod filter;
 pub mod generate;
 pub mod migrate;
+pub mod options;
 pub mod partitions;
 pub mod replay;
 pub mod run;

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use pg_outbox::command::migrate::{self, Order};
+use pg_outbox::command::migrate::{self, OrderingScope};
 use pg_outbox::postgres::{ClaimSettings, Store};
 use postgres::Client;
 
@@ -26,7 +26,7 @@ fn run_psql(command: &mut Command) {
 }
 
 /// What `pg-outbox migrate` prints, or why it failed.
-fn run_migrate(dsn: &str, order: Option<Order>) -> Result<String, String> {
+fn run_migrate(dsn: &str, order: Option<OrderingScope>) -> Result<String, String> {
     let mut out = Vec::new();
     migrate::run(&settings_for(dsn), order, &mut out).map_err(|error| format!("{error:#}"))?;
     Ok(String::from_utf8(out).unwrap())
@@ -90,7 +90,10 @@ fn psql_and_migrate_install_the_same_schema_and_once_is_enough() {
         .unwrap();
     run_psql(postgres.psql(&by_migrate.name).env("PGOPTIONS", "-c lock_timeout=1s"));
     assert_eq!(run_migrate(&by_migrate.dsn, None).unwrap(), "schema is up to date, at version 1\n");
-    assert_eq!(run_migrate(&by_psql.dsn, Some(Order::Key)).unwrap(), "schema is up to date, at version 1\n");
+    assert_eq!(
+        run_migrate(&by_psql.dsn, Some(OrderingScope::Key)).unwrap(),
+        "schema is up to date, at version 1\n"
+    );
     assert_eq!(schema, dump(&by_psql));
     assert_eq!(schema, {
         writer.batch_execute("ROLLBACK").unwrap();
@@ -134,9 +137,11 @@ fn with_query(dsn: &str) -> String {
 #[test]
 fn the_order_is_chosen_once() {
     let keys = "SELECT string_agg(outbox_key(topic, metadata), ',' ORDER BY seq) FROM outboxes";
-    for (order, expected, lanes) in
-        [(Order::Key, "k1,a,1,a", 3), (Order::Topic, "a,a,b,a", 2), (Order::All, ",,,", 1)]
-    {
+    for (order, expected, lanes) in [
+        (OrderingScope::Key, "k1,a,1,a", 3),
+        (OrderingScope::Topic, "a,a,b,a", 2),
+        (OrderingScope::All, ",,,", 1),
+    ] {
         let db = TestDb::without_schema(shared_postgres());
         run_migrate(&db.dsn, Some(order)).unwrap();
         db.execute(
@@ -147,7 +152,7 @@ fn the_order_is_chosen_once() {
         assert_eq!(db.number("SELECT count(DISTINCT outbox_lane(topic, metadata)) FROM outboxes"), lanes);
         let mut claim = claim_from(&store(&db), 0, 64, 100);
         assert_eq!(claim.take_events().len(), 4, "the lane index is searched in every order");
-        for other in [Order::Key, Order::Topic, Order::All] {
+        for other in [OrderingScope::Key, OrderingScope::Topic, OrderingScope::All] {
             let result = run_migrate(&db.dsn, Some(other));
             assert_eq!(result.is_ok(), other == order, "{order:?} then {other:?}: {result:?}");
         }

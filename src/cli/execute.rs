@@ -56,8 +56,8 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Status { watch, json } => {
             let config = Config::load(&cli.config)?;
-            let times = if *watch { status::Times::ForEver } else { status::Times::Once };
-            done(status::run(&config, format(*json), times, &mut stdout())?)
+            let repeat = if *watch { status::Repeat::ForEver } else { status::Repeat::Once };
+            done(status::run(&config, format(*json), repeat, &mut stdout())?)
         }
         Command::Dead { action } => {
             let action = action.try_into()?;

@@ -23,18 +23,18 @@ use crate::postgres::{ClaimSettings, Sessions, Store};
 /// A configuration that cannot be read ([`crate::config::ConfigError`]).
 pub fn run(path: &Path) -> Result<bool> {
     let config = Config::load(path)?;
-    let mut report = Report { ok: true };
+    let mut report = CheckReport { ok: true };
     report.line("config", Ok(path.display().to_string()));
     check_database(&config, &mut report);
     check_nats(&config, &mut report);
     Ok(report.ok)
 }
 
-struct Report {
+struct CheckReport {
     ok: bool,
 }
 
-impl Report {
+impl CheckReport {
     fn line(&mut self, what: &str, result: Result<String, String>) {
         let what = harmless(what);
         match result {
@@ -52,7 +52,7 @@ impl Report {
     }
 }
 
-fn check_database(config: &Config, report: &mut Report) {
+fn check_database(config: &Config, report: &mut CheckReport) {
     let store = match Store::new(&config.database, &config.dispatcher.instance_id, ClaimSettings::default()) {
         Ok(store) => store,
         Err(error) => return report.line("postgres", Err(format!("{error:#}"))),
@@ -97,7 +97,7 @@ fn check_database(config: &Config, report: &mut Report) {
     }
 }
 
-fn check_nats(config: &Config, report: &mut Report) {
+fn check_nats(config: &Config, report: &mut CheckReport) {
     let instance = &config.dispatcher.instance_id;
     let (_, keeper) = Publisher::new(config.nats.clone(), instance, 1, Health::default(), Metrics::new());
     let survey = match keeper.survey() {

@@ -18,9 +18,8 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::partitions::Mode;
-use super::status::Format;
-use super::terminal::{Consent, agreed, harmless, printable};
+use super::options::{ChangeOptions, Format, Mode, print_json, print_json_line};
+use super::terminal::{agreed, harmless, printable};
 use crate::config::Config;
 use crate::nats::Publisher;
 use crate::ops::health::Health;
@@ -35,20 +34,20 @@ const LISTED: i64 = 100;
 
 /// What to do.
 #[derive(Debug, Clone)]
-pub enum Action {
+pub enum DeadAction {
     /// List them.
     List(Selection, Format),
     /// Show events, dead or not, with everything.
     Show(Vec<Uuid>, Format),
     /// Try them again.
-    Retry(Selection, Retry, How),
+    Retry(Selection, RetryOptions, ChangeOptions),
     /// Discard them.
-    Discard(Selection, Discard, How),
+    Discard(Selection, DiscardOptions, ChangeOptions),
 }
 
 /// How to try again.
 #[derive(Debug, Clone, Copy)]
-pub struct Retry {
+pub struct RetryOptions {
     /// Under which message id.
     pub message_id: MessageId,
     /// Events a second at most.
@@ -66,34 +65,23 @@ pub enum MessageId {
 
 /// Who discards, and why.
 #[derive(Debug, Clone)]
-pub struct Discard {
+pub struct DiscardOptions {
     /// `None`: the user of the operating system.
     pub by: Option<String>,
     /// Why.
     pub reason: String,
 }
 
-/// How a change is made.
-#[derive(Debug, Clone, Copy)]
-pub struct How {
-    /// Whether to do it.
-    pub mode: Mode,
-    /// Whether to ask first.
-    pub consent: Consent,
-    /// How to say what was done.
-    pub format: Format,
-}
-
 /// Does it. False when something that was named is no dead letter, or the answer was no.
 ///
 /// # Errors
 /// PostgreSQL is out of reach or refuses; a change of everything was not meant to be one; nobody is there to be asked.
-pub fn run(config: &Config, action: &Action, out: &mut impl Write) -> Result<bool> {
+pub fn run(config: &Config, action: &DeadAction, out: &mut impl Write) -> Result<bool> {
     let store = Store::new(&config.database, "dead", ClaimSettings::default())?;
     match action {
-        Action::List(selection, format) => list(&store, selection, *format, out),
-        Action::Show(ids, format) => show(&store, ids, *format, out),
-        Action::Retry(selection, retry, how) => {
+        DeadAction::List(selection, format) => list(&store, selection, *format, out),
+        DeadAction::Show(ids, format) => show(&store, ids, *format, out),
+        DeadAction::Retry(selection, retry, options) => {
             let letters = select(&store, selection)?;
             let new_ids = match retry.message_id {
                 MessageId::Fresh => fresh_ids(&letters),
@@ -103,15 +91,15 @@ pub fn run(config: &Config, action: &Action, out: &mut impl Write) -> Result<boo
                 warn_of_duplicates(config, &letters);
             }
             let change = Change::Retry(&new_ids);
-            Changing { verb: ("retry", "retried"), change, how: *how }
+            Changing { verb: ("retry", "retried"), change, options: *options }
                 .run(&store, selection, letters, retry.rate, out)
         }
-        Action::Discard(selection, Discard { by, reason }, how) => {
+        DeadAction::Discard(selection, DiscardOptions { by, reason }, options) => {
             ensure!(!reason.trim().is_empty(), "--reason is empty: say why, for whoever asks later");
             let letters = select(&store, selection)?;
             let by = by.clone().unwrap_or_else(who);
             let change = Change::Discard { by: &by, reason };
-            Changing { verb: ("discard", "discarded"), change, how: *how }
+            Changing { verb: ("discard", "discarded"), change, options: *options }
                 .run(&store, selection, letters, None, out)
         }
     }
@@ -132,7 +120,7 @@ fn list(store: &Store, selection: &Selection, format: Format, out: &mut impl Wri
         letters.pop();
     }
     match format {
-        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&letters).context("write JSON")?)?,
+        Format::Json => print_json(&letters, out)?,
         Format::Table => {
             table(&letters, out)?;
             if more {
@@ -168,7 +156,7 @@ fn table(letters: &[Letter], out: &mut impl Write) -> Result<()> {
 fn show(store: &Store, ids: &[Uuid], format: Format, out: &mut impl Write) -> Result<bool> {
     let events = store.events_by_id(ids)?;
     match format {
-        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&events).context("write JSON")?)?,
+        Format::Json => print_json(&events, out)?,
         Format::Table => {
             for (place, event) in events.iter().enumerate() {
                 if place > 0 {
@@ -222,12 +210,12 @@ struct Changing<'a> {
     /// `retry` and `retried`.
     verb: (&'static str, &'static str),
     change: Change<'a>,
-    how: How,
+    options: ChangeOptions,
 }
 
 /// What was done, as JSON.
 #[derive(Serialize)]
-struct Done {
+struct ChangeReport {
     /// Dead letters that the selection found.
     selected: usize,
     /// Those that were changed, or would be.
@@ -235,11 +223,11 @@ struct Done {
     /// Those that somebody else decided about meanwhile.
     passed_over: usize,
     dry_run: bool,
-    events: Vec<DoneEvent>,
+    events: Vec<ChangedEvent>,
 }
 
 #[derive(Serialize)]
-struct DoneEvent {
+struct ChangedEvent {
     seq: i64,
     id: String,
     topic: String,
@@ -259,7 +247,7 @@ impl Changing<'_> {
         out: &mut impl Write,
     ) -> Result<bool> {
         let all_named_are_dead = name_others(store, selection, &letters)?;
-        let How { mode, consent, format } = self.how;
+        let ChangeOptions { mode, consent, format } = self.options;
         let selected = letters.len();
         let what = format!("{} {}", self.verb.0, counted(selected));
         if mode == Mode::Real && !agreed(&what, selected, consent)? {
@@ -291,7 +279,7 @@ impl Changing<'_> {
                 }
             }
         }
-        let done = Done {
+        let done = ChangeReport {
             selected,
             changed: events.len(),
             passed_over: selected - events.len(),
@@ -302,12 +290,12 @@ impl Changing<'_> {
         Ok(all_named_are_dead)
     }
 
-    fn done(&self, letter: &Letter) -> DoneEvent {
+    fn done(&self, letter: &Letter) -> ChangedEvent {
         let new_id = match self.change {
             Change::Retry(new_ids) => new_ids.get(&letter.id),
             Change::Discard { .. } => None,
         };
-        DoneEvent {
+        ChangedEvent {
             seq: letter.seq,
             id: letter.id.to_string(),
             topic: letter.topic.clone(),
@@ -316,12 +304,12 @@ impl Changing<'_> {
         }
     }
 
-    fn print(&self, event: &DoneEvent, out: &mut impl Write) -> Result<()> {
-        let verb = match self.how.mode {
+    fn print(&self, event: &ChangedEvent, out: &mut impl Write) -> Result<()> {
+        let verb = match self.options.mode {
             Mode::Real => self.verb.1.to_owned(),
             Mode::Dry => format!("would {}", self.verb.0),
         };
-        let DoneEvent { seq, id, topic, key, new_id } = event;
+        let ChangedEvent { seq, id, topic, key, new_id } = event;
         let new_id = new_id.as_ref().map(|id| format!(" new_id={id}")).unwrap_or_default();
         writeln!(
             out,
@@ -332,13 +320,12 @@ impl Changing<'_> {
         Ok(())
     }
 
-    fn report(&self, done: &Done, out: &mut impl Write) -> Result<()> {
-        if self.how.format == Format::Json {
-            writeln!(out, "{}", serde_json::to_string(done).context("write JSON")?)?;
-            return Ok(());
+    fn report(&self, done: &ChangeReport, out: &mut impl Write) -> Result<()> {
+        if self.options.format == Format::Json {
+            return print_json_line(done, out);
         }
-        let Done { changed, passed_over, .. } = *done;
-        match self.how.mode {
+        let ChangeReport { changed, passed_over, .. } = *done;
+        match self.options.mode {
             Mode::Dry => writeln!(out, "would {} {}", self.verb.0, counted(changed))?,
             Mode::Real => writeln!(out, "{} {}", self.verb.1, counted(changed))?,
         }
@@ -388,7 +375,7 @@ fn fresh_id() -> Uuid {
 
 /// Why the stream may have an event already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Seen {
+enum DuplicateCause {
     /// Its last attempt got no ack, which says nothing of whether it was stored.
     Unacked,
     /// Another row with its id was published.
@@ -396,15 +383,15 @@ enum Seen {
 }
 
 /// Whether the stream may have stored the event's message id, and how many seconds ago at least.
-fn seen(letter: &Letter) -> Option<(Seen, f64)> {
-    let copy = letter.copy_published.map(|ago| (Seen::Copy, ago));
+fn seen(letter: &Letter) -> Option<(DuplicateCause, f64)> {
+    let copy = letter.copy_published.map(|ago| (DuplicateCause::Copy, ago));
     let unacked = letter.error.starts_with(publish::NO_ACK).then_some(letter.dead_for).flatten();
-    copy.or(unacked.map(|ago| (Seen::Unacked, ago)))
+    copy.or(unacked.map(|ago| (DuplicateCause::Unacked, ago)))
 }
 
 /// Says how many of these the stream would take for duplicates.
 fn warn_of_duplicates(config: &Config, letters: &[Letter]) {
-    let suspects: Vec<(Seen, f64)> = letters.iter().filter_map(seen).collect();
+    let suspects: Vec<(DuplicateCause, f64)> = letters.iter().filter_map(seen).collect();
     if !config.nats.jetstream.enabled || suspects.is_empty() {
         return;
     }
@@ -424,10 +411,11 @@ fn warn_of_duplicates(config: &Config, letters: &[Letter]) {
 }
 
 /// What to say of the suspects that the window still covers; `None` if it covers none.
-fn warning(suspects: &[(Seen, f64)], window: Duration, stream: &str) -> Option<String> {
-    let covered: Vec<&(Seen, f64)> = suspects.iter().filter(|(_, ago)| *ago < window.as_secs_f64()).collect();
+fn warning(suspects: &[(DuplicateCause, f64)], window: Duration, stream: &str) -> Option<String> {
+    let covered: Vec<&(DuplicateCause, f64)> =
+        suspects.iter().filter(|(_, ago)| *ago < window.as_secs_f64()).collect();
     let youngest = covered.iter().map(|(_, ago)| *ago).reduce(f64::min)?;
-    let copies = covered.iter().filter(|(seen, _)| *seen == Seen::Copy).count();
+    let copies = covered.iter().filter(|(seen, _)| *seen == DuplicateCause::Copy).count();
     let left = Duration::from_secs((window.as_secs_f64() - youngest).ceil().max(1.0) as u64);
     Some(format!(
         "warning: stream {stream} may have {} of these by their message ids ({copies} share theirs with a published \
@@ -478,9 +466,20 @@ mod tests {
     fn only_what_the_window_still_covers_is_warned_of() {
         let window = Duration::from_secs(120);
         assert_eq!(warning(&[], window, "S"), None);
-        assert_eq!(warning(&[(Seen::Unacked, 120.0), (Seen::Copy, 500.0)], window, "S"), None);
-        let text = warning(&[(Seen::Unacked, 20.0), (Seen::Copy, 90.5), (Seen::Unacked, 130.0)], window, "S")
-            .unwrap();
+        assert_eq!(
+            warning(&[(DuplicateCause::Unacked, 120.0), (DuplicateCause::Copy, 500.0)], window, "S"),
+            None
+        );
+        let text = warning(
+            &[
+                (DuplicateCause::Unacked, 20.0),
+                (DuplicateCause::Copy, 90.5),
+                (DuplicateCause::Unacked, 130.0),
+            ],
+            window,
+            "S",
+        )
+        .unwrap();
         assert!(text.contains("may have 2 of these") && text.contains("(1 share"), "{text}");
         assert!(text.contains("for up to 1m 40s"), "{text}");
     }

@@ -14,7 +14,7 @@ use crate::postgres::{Adopting, Migrated, Store};
 
 /// What makes events wait for each other, chosen by the first migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
+pub enum OrderingScope {
     /// The metadata field `ordering-key`, else the topic.
     Key,
     /// The topic alone.
@@ -23,25 +23,26 @@ pub enum Order {
     All,
 }
 
-impl Order {
-    fn name(self) -> &'static str {
+impl OrderingScope {
+    /// Its name in the schema and on the command line.
+    pub fn name(self) -> &'static str {
         match self {
-            Order::Key => "key",
-            Order::Topic => "topic",
-            Order::All => "all",
+            OrderingScope::Key => "key",
+            OrderingScope::Topic => "topic",
+            OrderingScope::All => "all",
         }
     }
 }
 
 /// Applies what is missing and prints a line for each version applied, or one that says that none was.
-/// `order` is only needed by the first migration, where `None` means [`Order::Key`].
+/// `order` is only needed by the first migration, where `None` means [`OrderingScope::Key`].
 ///
 /// # Errors
 /// PostgreSQL is out of reach, older than 14, or refuses; the schema has another order than the one asked
 /// for; `out` cannot be written. A migration that fails leaves nothing behind.
-pub fn run(database: &Database, order: Option<Order>, out: &mut impl Write) -> Result<()> {
+pub fn run(database: &Database, order: Option<OrderingScope>, out: &mut impl Write) -> Result<()> {
     let Migrated { applied, version } =
-        Store::migrate(database, order.map(Order::name)).context("migrate the schema")?;
+        Store::migrate(database, order.map(OrderingScope::name)).context("migrate the schema")?;
     for version in &applied {
         writeln!(out, "schema version {version} applied")?;
     }
@@ -59,7 +60,7 @@ pub fn run(database: &Database, order: Option<Order>, out: &mut impl Write) -> R
 /// What is done stays, and the next run goes on from there.
 pub fn adopt(
     database: &Database,
-    order: Option<Order>,
+    order: Option<OrderingScope>,
     adopting: Adopting,
     out: &mut impl Write,
 ) -> Result<()> {
@@ -69,8 +70,8 @@ pub fn adopt(
             written = writeln!(out, "{line}").and_then(|()| out.flush());
         }
     };
-    let steps =
-        Store::adopt(database, order.map(Order::name), adopting, &mut say).context("adopt the table")?;
+    let steps = Store::adopt(database, order.map(OrderingScope::name), adopting, &mut say)
+        .context("adopt the table")?;
     written?;
     match (adopting, steps) {
         (_, 0) => writeln!(out, "nothing is missing")?,

@@ -8,16 +8,15 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::options::{Format, Mode, print_json};
 use crate::config::Config;
 use crate::postgres::{ClaimSettings, Dropped, Partition, Partitions, Store};
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Print a table.
-    List,
-    /// Print a JSON array.
-    ListJson,
+pub enum PartitionsAction {
+    /// Print them, as a table or a JSON array.
+    List(Format),
     /// Make what is missing, or one month.
     Create {
         /// `YYYY-MM`.
@@ -32,37 +31,30 @@ pub enum Action {
     },
 }
 
-/// Whether to do it or to say what would be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// Do it.
-    Real,
-    /// Only say it.
-    Dry,
-}
-
 /// Does it and prints a line for each partition. False when a partition that should go could not be dropped because
 /// its locks were not free.
 ///
 /// # Errors
 /// PostgreSQL is out of reach or refuses; the month is none; dropping is asked for and `partitions.retention` is off.
-pub fn run(config: &Config, action: &Action, out: &mut impl Write) -> Result<bool> {
+pub fn run(config: &Config, action: &PartitionsAction, out: &mut impl Write) -> Result<bool> {
     let store = Store::new(&config.database, "partitions", ClaimSettings::default())?;
     let mut partitions = store.partitions()?;
     match action {
-        Action::List => list(&partitions.list(config.partitions.retention)?, out)?,
-        Action::ListJson => {
+        PartitionsAction::List(format) => {
             let listed = partitions.list(config.partitions.retention)?;
-            writeln!(out, "{}", serde_json::to_string_pretty(&listed).context("write JSON")?)?;
+            match format {
+                Format::Table => list(&listed, out)?,
+                Format::Json => print_json(&listed, out)?,
+            }
         }
-        Action::Create { month, mode } => {
+        PartitionsAction::Create { month, mode } => {
             let days = match month {
                 Some(month) => vec![first_day(month)?],
                 None => partitions.missing(config.partitions.premake)?,
             };
             create(&mut partitions, &days, *mode, out)?;
         }
-        Action::Drop { mode } => return drop(config, &mut partitions, *mode, out),
+        PartitionsAction::Drop { mode } => return drop(config, &mut partitions, *mode, out),
     }
     Ok(true)
 }

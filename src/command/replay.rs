@@ -19,10 +19,8 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Serialize;
 
-use super::dead::How;
-use super::partitions::Mode;
+use super::options::{ChangeOptions, Format, Mode, print_json_line};
 use super::signals::stop_flag;
-use super::status::Format;
 use super::terminal::agreed;
 use crate::boottime::Boottime;
 use crate::config::Config;
@@ -53,7 +51,7 @@ const NAME_MAX: usize = 40;
 
 /// What to send again, and how.
 #[derive(Debug, Clone)]
-pub struct Replay {
+pub struct ReplayOptions {
     /// Which published events; times are those at which they were written.
     pub selection: Selection,
     /// Those with a `seq` above this.
@@ -67,12 +65,12 @@ pub struct Replay {
     /// Its name; `None`: one that is made of the time.
     pub name: Option<String>,
     /// Whether to do it, whether to ask, how to say what was done.
-    pub how: How,
+    pub change: ChangeOptions,
 }
 
 /// How far it came.
 #[derive(Debug, Default, Serialize)]
-struct Done {
+struct ReplayProgress {
     name: String,
     /// Published events that the selection found.
     selected: u64,
@@ -92,7 +90,7 @@ struct Done {
 /// # Errors
 /// A server is out of reach for a minute, an event is refused, somebody else replays this outbox, nobody is there to be
 /// asked. How far it came, and how to go on, is said first.
-pub fn run(config: &Config, replay: &Replay, out: &mut impl Write) -> Result<bool> {
+pub fn run(config: &Config, replay: &ReplayOptions, out: &mut impl Write) -> Result<bool> {
     let name = replay.name.clone().unwrap_or_else(name_of_now);
     check_name(&name)?;
     // The first signal lets the events that are in flight come home.
@@ -102,14 +100,14 @@ pub fn run(config: &Config, replay: &Replay, out: &mut impl Write) -> Result<boo
         store.find_published(config.database.listen_dsn.as_ref(), &replay.selection, replay.after)?.context(
             "somebody else replays this outbox: one at a time, so that neither gets in the other's way",
         )?;
-    let mut done = Done { name, selected: found.count, ..Done::default() };
+    let mut done = ReplayProgress { name, selected: found.count, ..ReplayProgress::default() };
     let count = usize::try_from(found.count).unwrap_or(usize::MAX);
     let what = format!("replay {} published event{}", found.count, if count == 1 { "" } else { "s" });
-    if replay.how.mode == Mode::Dry {
+    if replay.change.mode == Mode::Dry {
         done.dry_run = true;
         return report(&done, replay, &what, out).map(|()| true);
     }
-    if !agreed(&what, count, replay.how.consent)? {
+    if !agreed(&what, count, replay.change.consent)? {
         eprintln!("nothing done");
         return Ok(false);
     }
@@ -127,7 +125,7 @@ fn send_all(
     found: &mut FoundPublished,
     sender: &mut Sender,
     rate: u32,
-    done: &mut Done,
+    done: &mut ReplayProgress,
 ) -> Result<()> {
     let (started, mut told) = (Instant::now(), Instant::now());
     let most = page_size(rate);
@@ -171,7 +169,7 @@ struct Sender {
 }
 
 impl Sender {
-    fn new(config: &Config, replay: &Replay, name: &str, stop: Arc<AtomicBool>) -> Result<Sender> {
+    fn new(config: &Config, replay: &ReplayOptions, name: &str, stop: Arc<AtomicBool>) -> Result<Sender> {
         let mut config = config.clone();
         if let Some(stream) = &replay.stream {
             config.nats.jetstream.stream_name.clone_from(stream);
@@ -271,16 +269,15 @@ impl Sender {
     }
 }
 
-fn report(done: &Done, replay: &Replay, what: &str, out: &mut impl Write) -> Result<()> {
-    if replay.how.format == Format::Json {
-        writeln!(out, "{}", serde_json::to_string(done).context("write JSON")?)?;
-        return Ok(());
+fn report(done: &ReplayProgress, replay: &ReplayOptions, what: &str, out: &mut impl Write) -> Result<()> {
+    if replay.change.format == Format::Json {
+        return print_json_line(done, out);
     }
     if done.dry_run {
         writeln!(out, "would {what}")?;
         return Ok(());
     }
-    let Done { name, selected, sent, gone, last_seq, complete, .. } = done;
+    let ReplayProgress { name, selected, sent, gone, last_seq, complete, .. } = done;
     let last = last_seq.or(replay.after).map(|seq| seq.to_string());
     let last_seq = last.as_deref().unwrap_or("none");
     writeln!(out, "replayed {sent} of {selected}: name={name} last_seq={last_seq}")?;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::options::Format;
 use super::terminal::printable;
 use crate::config::{Config, OnDead};
 use crate::lane::LANES;
@@ -30,18 +31,9 @@ const RATE_INTERVAL: Duration = Duration::from_secs(1);
 /// Time from one screen of `--watch` to the next.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How it is shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// A screen of tables.
-    Table,
-    /// A JSON object on one line.
-    Json,
-}
-
 /// How often.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Times {
+pub enum Repeat {
     /// Once.
     Once,
     /// Every two seconds, until the program is ended.
@@ -50,7 +42,7 @@ pub enum Times {
 
 /// Everything that is shown. What could not be learnt is null or empty, with the cause among the problems.
 #[derive(Debug, Default, Serialize)]
-struct Status {
+struct StatusReport {
     problems: Vec<String>,
     events: Option<Events>,
     rates: Rates,
@@ -63,7 +55,7 @@ struct Status {
     partition_days_ahead: Option<f64>,
     default_partition_rows: Option<i64>,
     oldest_transaction: Option<OpenTransaction>,
-    stream: Option<Stream>,
+    stream: Option<StreamStatus>,
 }
 
 #[derive(Debug, Serialize)]
@@ -84,7 +76,7 @@ struct Rates {
 }
 
 #[derive(Debug, Serialize)]
-struct Stream {
+struct StreamStatus {
     name: String,
     server: String,
     /// Its subjects.
@@ -97,7 +89,7 @@ struct Stream {
 ///
 /// # Errors
 /// The DSN cannot be read, or `out` cannot be written.
-pub fn run(config: &Config, format: Format, times: Times, out: &mut impl Write) -> Result<bool> {
+pub fn run(config: &Config, format: Format, repeat: Repeat, out: &mut impl Write) -> Result<bool> {
     let settings = ClaimSettings {
         ordered: config.ordering.enabled,
         block_on_dead: config.ordering.on_dead == OnDead::Block,
@@ -112,17 +104,17 @@ pub fn run(config: &Config, format: Format, times: Times, out: &mut impl Write) 
             Format::Json => serde_json::to_string(&status).context("write JSON")? + "\n",
             Format::Table => screen(&status),
         };
-        if times == Times::ForEver && format == Format::Table && is_screen {
+        if repeat == Repeat::ForEver && format == Format::Table && is_screen {
             // To the upper left corner, and everything gone.
             write!(out, "\x1b[H\x1b[2J")?;
         }
         out.write_all(text.as_bytes())?;
-        if times == Times::ForEver && format == Format::Table && !is_screen {
+        if repeat == Repeat::ForEver && format == Format::Table && !is_screen {
             // In a file, what keeps one look from the next.
             writeln!(out)?;
         }
         out.flush()?;
-        if times == Times::Once {
+        if repeat == Repeat::Once {
             return Ok(status.problems.is_empty());
         }
         // The look itself takes a second, for the rates.
@@ -131,8 +123,8 @@ pub fn run(config: &Config, format: Format, times: Times, out: &mut impl Write) 
 }
 
 /// Looks at both servers, twice at what grows.
-fn look(config: &Config, store: &Store) -> Status {
-    let mut status = Status { lanes: LANES, ..Status::default() };
+fn look(config: &Config, store: &Store) -> StatusReport {
+    let mut status = StatusReport { lanes: LANES, ..StatusReport::default() };
     let started = Instant::now();
     let (written, stream) = (store.written().ok(), survey(config));
     let stored = stream.as_ref().ok().and_then(|stream| Some(stream.as_ref()?.state.last_seq));
@@ -154,7 +146,7 @@ fn look(config: &Config, store: &Store) -> Status {
     status
 }
 
-fn look_at_database(config: &Config, store: &Store, status: &mut Status) {
+fn look_at_database(config: &Config, store: &Store, status: &mut StatusReport) {
     let mut problems = Vec::new();
     let backlog = known("backlog", store.backlog(), &mut problems);
     if let Some(backlog) = backlog {
@@ -192,7 +184,7 @@ fn known<T>(what: &str, result: Result<T, StoreError>, problems: &mut Vec<String
 }
 
 /// The stream; `Ok(None)` over core NATS.
-fn survey(config: &Config) -> Result<Option<Stream>, String> {
+fn survey(config: &Config) -> Result<Option<StreamStatus>, String> {
     let instance = format!("{}-status", config.dispatcher.instance_id);
     let (_, keeper) = Publisher::new(config.nats.clone(), &instance, 1, Health::default(), Metrics::new());
     let survey = keeper.survey().map_err(|error| format!("nats: {error:#}"))?;
@@ -200,7 +192,7 @@ fn survey(config: &Config) -> Result<Option<Stream>, String> {
         return Ok(None);
     }
     let facts = survey.stream.map_err(|cause| format!("stream: {cause}"))?;
-    Ok(Some(Stream {
+    Ok(Some(StreamStatus {
         name: config.nats.jetstream.stream_name.clone(),
         server: survey.server,
         subjects: facts.subjects,
@@ -208,14 +200,14 @@ fn survey(config: &Config) -> Result<Option<Stream>, String> {
     }))
 }
 
-fn screen(status: &Status) -> String {
+fn screen(status: &StatusReport) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.
     let _ = print(status, &mut text);
     text
 }
 
-fn print(status: &Status, out: &mut String) -> std::fmt::Result {
+fn print(status: &StatusReport, out: &mut String) -> std::fmt::Result {
     for problem in &status.problems {
         writeln!(out, "FAIL  {problem}")?;
     }
@@ -231,7 +223,7 @@ fn print(status: &Status, out: &mut String) -> std::fmt::Result {
         rate(status.rates.stored)
     )?;
     writeln!(out, "lanes       {} of {} held", status.lanes_held, status.lanes)?;
-    if let Some(Stream { name, server, subjects, state }) = &status.stream {
+    if let Some(StreamStatus { name, server, subjects, state }) = &status.stream {
         writeln!(
             out,
             "stream      {name} on {server}: {} messages, {} bytes, last {}, {} consumers, takes {}",
@@ -295,7 +287,8 @@ mod tests {
 
     #[test]
     fn a_screen_without_anything_known_says_why() {
-        let status = Status { problems: vec!["backlog: connection refused".into()], ..Status::default() };
+        let status =
+            StatusReport { problems: vec!["backlog: connection refused".into()], ..StatusReport::default() };
         let text = screen(&status);
         assert!(text.starts_with("FAIL  backlog: connection refused\n"), "{text}");
         assert!(!text.contains("events"), "{text}");

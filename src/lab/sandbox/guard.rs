@@ -83,9 +83,8 @@ impl Drop for Guard {
 mod tests {
     use std::fs;
 
-    use rustix::process::Signal;
+    use rustix::process::{Pid, Signal, kill_process};
 
-    use super::super::server::send;
     use super::*;
 
     #[test]
@@ -96,7 +95,7 @@ mod tests {
         let mut process = Command::new("sleep").arg("600").spawn().unwrap();
         guard.watch(process.id()).unwrap();
         // Even one that is paused.
-        send(process.id(), Signal::STOP).unwrap();
+        kill_process(Pid::from_child(&process), Signal::STOP).unwrap();
         let reaper = std::thread::spawn(move || process.wait().unwrap());
         drop(guard); // closes the pipe, as the end of the owner would
         assert!(!reaper.join().unwrap().success(), "ended by a signal");
