@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::CommandFactory;
 
-use super::{Cli, Command, format};
+use super::change::format;
+use super::{Cli, Command};
 use crate::command::signals::CUT_SHORT;
 use crate::command::terminal::harmless;
 use crate::command::{check, dead, generate, migrate, partitions, replay, run, status};
@@ -42,7 +43,7 @@ fn execute(cli: &Cli) -> Result<ExitCode> {
         Command::Check => done(check::run(&cli.config)?),
         Command::Migrate { order, adopt, dry_run } => {
             let config = Config::load(&cli.config)?;
-            let (order, out) = (order.map(Into::into), &mut stdout());
+            let (order, out) = (*order, &mut stdout());
             match (adopt, dry_run) {
                 (false, _) => migrate::run(&config.database, order, out)?,
                 (true, false) => migrate::adopt(&config.database, order, Adopting::Real, out)?,
