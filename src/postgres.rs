@@ -73,20 +73,20 @@ use crate::config::{Database, DsnParts, Secret};
 pub use self::adopt::Adopting;
 pub use self::begin::CLAIM_PLANS;
 pub use self::claim_lanes::LaneEnd;
-pub use self::claim_open::{Found, Fresh, Head, Opening};
+pub use self::claim_open::{Fresh, Head, LaneLook, Opening};
 pub use self::claim_read::{Large, Locked};
 pub use self::claim_settings::{ClaimLimits, ClaimSettings};
 pub use self::claim_settle::{Claim, Settled};
-pub use self::dead::{CHANGE_MAX, Change, Letter, Selection, Whole};
+pub use self::dead::{CHANGE_MAX, Letter, LetterChange, Selection, Whole};
 pub use self::error::StoreError;
 pub use self::migrate::Migrated;
 pub use self::outbox::{Backlog, Outlook};
 pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Retry, Topic};
 pub use self::partitions::{
-    Cleaned, Dropped, Partition, PartitionState, Partitions, UPKEEP_STEP, UpkeepTurn,
+    Cleaned, Dropped, Partition, PartitionSession, PartitionState, UPKEEP_STEP, UpkeepTurn,
 };
 pub use self::plain::{Insert, Plain};
-pub use self::replay::{Found as FoundPublished, FoundEvent};
+pub use self::replay::{FoundEvent, FoundPublished};
 pub use self::server_life::ServerLife;
 pub use self::sessions::Sessions;
 pub use self::wake::{Asked, Listener, SleepLock};
@@ -102,10 +102,10 @@ const IDLE_FOR_TOO_LONG: &str = "57P05";
 #[derive(Clone)]
 pub struct Store {
     pool: r2d2::Pool<Manager>,
-    shared: Arc<Shared>,
+    shared: Arc<StoreInner>,
 }
 
-struct Shared {
+struct StoreInner {
     /// Where, for messages: `db:5432`.
     address: String,
     target: Target,
@@ -161,7 +161,7 @@ impl Store {
             .connection_timeout(database.connect_timeout.max(Duration::from_millis(1)))
             .error_handler(Box::new(LogAtDebug))
             .build_unchecked(Manager { target: target.clone(), age: age.clone() });
-        let shared = Shared {
+        let shared = StoreInner {
             address: target.address(),
             target,
             parts: database.parts.clone(),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::lane::marks::{Basis, Cursors};
 use crate::lane::{ByLane, LANES, by_lane};
-use crate::postgres::{Found, LaneEnd, ServerLife, StoreError};
+use crate::postgres::{LaneEnd, LaneLook, ServerLife, StoreError};
 use crate::publish::{Finished, Job, ReadSummary};
 
 /// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
@@ -226,7 +226,7 @@ impl Search {
     }
 
     /// Takes in a look that began with `basis`.
-    pub(super) fn found(&mut self, basis: Basis, found: &[Found]) {
+    pub(super) fn found(&mut self, basis: Basis, found: &[LaneLook]) {
         for lane in found {
             if let Some(reach) = lane.reach {
                 self.cursors.advance(basis, lane.lane, reach);

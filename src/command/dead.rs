@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::nats::Publisher;
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
-use crate::postgres::{CHANGE_MAX, Change, ClaimSettings, Letter, Selection, Store, Whole};
+use crate::postgres::{CHANGE_MAX, ClaimSettings, Letter, LetterChange, Selection, Store, Whole};
 use crate::publish;
 
 /// Dead letters of one run at most.
@@ -90,7 +90,7 @@ pub fn run(config: &Config, action: &DeadAction, out: &mut impl Write) -> Result
             if retry.message_id == MessageId::Own {
                 warn_of_duplicates(config, &letters);
             }
-            let change = Change::Retry(&new_ids);
+            let change = LetterChange::Retry(&new_ids);
             Changing { verb: ("retry", "retried"), change, options: *options }
                 .run(&store, selection, letters, retry.rate, out)
         }
@@ -98,7 +98,7 @@ pub fn run(config: &Config, action: &DeadAction, out: &mut impl Write) -> Result
             ensure!(!reason.trim().is_empty(), "--reason is empty: say why, for whoever asks later");
             let letters = select(&store, selection)?;
             let by = by.clone().unwrap_or_else(who);
-            let change = Change::Discard { by: &by, reason };
+            let change = LetterChange::Discard { by: &by, reason };
             Changing { verb: ("discard", "discarded"), change, options: *options }
                 .run(&store, selection, letters, None, out)
         }
@@ -209,7 +209,7 @@ fn show_event(event: &Whole, out: &mut impl Write) -> Result<()> {
 struct Changing<'a> {
     /// `retry` and `retried`.
     verb: (&'static str, &'static str),
-    change: Change<'a>,
+    change: LetterChange<'a>,
     options: ChangeOptions,
 }
 
@@ -292,8 +292,8 @@ impl Changing<'_> {
 
     fn done(&self, letter: &Letter) -> ChangedEvent {
         let new_id = match self.change {
-            Change::Retry(new_ids) => new_ids.get(&letter.id),
-            Change::Discard { .. } => None,
+            LetterChange::Retry(new_ids) => new_ids.get(&letter.id),
+            LetterChange::Discard { .. } => None,
         };
         ChangedEvent {
             seq: letter.seq,

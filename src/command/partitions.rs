@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::options::{Format, Mode, print_json};
 use crate::config::Config;
-use crate::postgres::{ClaimSettings, Dropped, Partition, Partitions, Store};
+use crate::postgres::{ClaimSettings, Dropped, Partition, PartitionSession, Store};
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +105,12 @@ fn size(bytes: i64) -> String {
     format!("{number:.1} {}", UNITS[unit])
 }
 
-fn create(partitions: &mut Partitions, days: &[String], mode: Mode, out: &mut impl Write) -> Result<()> {
+fn create(
+    partitions: &mut PartitionSession,
+    days: &[String],
+    mode: Mode,
+    out: &mut impl Write,
+) -> Result<()> {
     if days.is_empty() {
         writeln!(out, "nothing to make: every month has its partition")?;
     }
@@ -123,7 +128,12 @@ fn create(partitions: &mut Partitions, days: &[String], mode: Mode, out: &mut im
     Ok(())
 }
 
-fn drop(config: &Config, partitions: &mut Partitions, mode: Mode, out: &mut impl Write) -> Result<bool> {
+fn drop(
+    config: &Config,
+    partitions: &mut PartitionSession,
+    mode: Mode,
+    out: &mut impl Write,
+) -> Result<bool> {
     let Some(retention) = config.partitions.retention else {
         bail!("partitions.retention is off: no partition is too old");
     };

@@ -52,16 +52,16 @@ pub struct Cursors {
 
 /// One reading of what the horizon is made of; the last value was read before the writers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reading {
+pub struct HorizonReading {
     /// L: the sequence's last value; 0 when none was drawn yet.
     pub last_seq: i64,
     /// H: names of the transactions that can have drawn a value and are still open.
-    pub writers: BTreeSet<Writer>,
+    pub writers: BTreeSet<OpenWriter>,
 }
 
 /// A transaction that can have inserted events.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Writer {
+pub struct OpenWriter {
     /// Unique among all transactions for as long as the server runs, until it is prepared.
     pub name: String,
     /// Prepared for two-phase commit: known by another name before.
@@ -78,9 +78,9 @@ pub struct Basis {
 #[derive(Debug, Clone)]
 struct Candidate {
     seq: i64,
-    writers: BTreeSet<Writer>,
+    writers: BTreeSet<OpenWriter>,
     /// Prepared transactions of the last reading: those that turn up later are new.
-    prepared: BTreeSet<Writer>,
+    prepared: BTreeSet<OpenWriter>,
 }
 
 impl Default for Cursors {
@@ -101,7 +101,7 @@ impl Cursors {
     }
 
     /// Takes in a reading. Two of them, in the order in which they were made, can make a new horizon.
-    pub fn observe(&mut self, reading: Reading) {
+    pub fn observe(&mut self, reading: HorizonReading) {
         if reading.last_seq < self.last_seq {
             // A sequence that was reset, or another server's: nothing that was known holds.
             self.clear();
@@ -151,10 +151,10 @@ impl Cursors {
 
 impl Candidate {
     /// Drops the writers that have ended.
-    fn observe(&mut self, open: &BTreeSet<Writer>) {
+    fn observe(&mut self, open: &BTreeSet<OpenWriter>) {
         let renamed = self.writers.iter().any(|writer| !writer.prepared && !open.contains(writer));
         self.writers.retain(|writer| open.contains(writer));
-        let prepared: BTreeSet<Writer> = open.iter().filter(|writer| writer.prepared).cloned().collect();
+        let prepared: BTreeSet<OpenWriter> = open.iter().filter(|writer| writer.prepared).cloned().collect();
         if renamed {
             self.writers.extend(prepared.difference(&self.prepared).cloned());
         }
@@ -229,7 +229,7 @@ mod tests {
         open: Vec<Transaction>,
         rows: Vec<Row>,
         /// The first half of a reading.
-        half_read: Option<(i64, BTreeSet<Writer>)>,
+        half_read: Option<(i64, BTreeSet<OpenWriter>)>,
         /// The claim or look that holds each lane; a lane may be looked at while it is not claimed.
         claims: [Option<Claim>; 2],
         late_news: VecDeque<(i32, Basis, i64)>,
@@ -314,11 +314,11 @@ mod tests {
             }
         }
 
-        fn writers(&self) -> BTreeSet<Writer> {
+        fn writers(&self) -> BTreeSet<OpenWriter> {
             self.open
                 .iter()
                 .filter(|transaction| self.rule != Rule::PreparedIsGone || !transaction.prepared)
-                .map(|transaction| Writer {
+                .map(|transaction| OpenWriter {
                     name: transaction.name.to_string(),
                     prepared: transaction.prepared,
                 })
@@ -329,9 +329,9 @@ mod tests {
             match self.half_read.take() {
                 None => self.half_read = Some((self.seq, self.writers())),
                 Some((last_seq, _)) if self.rule != Rule::WritersBeforeLastSeq => {
-                    self.cursors.observe(Reading { last_seq, writers: self.writers() });
+                    self.cursors.observe(HorizonReading { last_seq, writers: self.writers() });
                 }
-                Some((_, writers)) => self.cursors.observe(Reading { last_seq: self.seq, writers }),
+                Some((_, writers)) => self.cursors.observe(HorizonReading { last_seq: self.seq, writers }),
             }
         }
 
@@ -521,21 +521,21 @@ mod tests {
 
     #[test]
     fn a_long_writer_holds_the_horizon_back_and_others_do_not() {
-        let writer = |name: &str| Writer { name: name.into(), prepared: false };
+        let writer = |name: &str| OpenWriter { name: name.into(), prepared: false };
         let mut cursors = Cursors::default();
-        cursors.observe(Reading { last_seq: 10, writers: [writer("a"), writer("b")].into() });
-        cursors.observe(Reading { last_seq: 20, writers: [writer("b"), writer("c")].into() });
+        cursors.observe(HorizonReading { last_seq: 10, writers: [writer("a"), writer("b")].into() });
+        cursors.observe(HorizonReading { last_seq: 20, writers: [writer("b"), writer("c")].into() });
         assert_eq!(cursors.horizon, BEGINNING, "b may still commit an event at or below 10");
-        cursors.observe(Reading { last_seq: 30, writers: [writer("c")].into() });
+        cursors.observe(HorizonReading { last_seq: 30, writers: [writer("c")].into() });
         assert_eq!(cursors.horizon, 10);
-        cursors.observe(Reading { last_seq: 40, writers: [].into() });
+        cursors.observe(HorizonReading { last_seq: 40, writers: [].into() });
         assert_eq!(cursors.horizon, 40);
     }
 
     #[test]
     fn news_from_before_a_clear_moves_nothing() {
         let mut cursors = Cursors::default();
-        cursors.observe(Reading { last_seq: 10, writers: [].into() });
+        cursors.observe(HorizonReading { last_seq: 10, writers: [].into() });
         let basis = cursors.basis();
         cursors.advance(basis, 3, 7);
         assert_eq!(cursors.positions()[3], 7);
@@ -546,7 +546,7 @@ mod tests {
         assert_eq!(cursors.positions()[3], BEGINNING);
         cursors.advance(cursors.basis(), 3, i64::MAX);
         assert_eq!(cursors.positions()[3], 10, "a rewind keeps the horizon");
-        cursors.observe(Reading { last_seq: 4, writers: [].into() });
+        cursors.observe(HorizonReading { last_seq: 4, writers: [].into() });
         assert_eq!(cursors.positions(), &by_lane(BEGINNING), "a sequence that went back");
     }
 }

@@ -18,7 +18,7 @@ use crossbeam_channel::{Receiver, select};
 use crate::config::live::Live;
 use crate::ops::health::Heartbeat;
 use crate::ops::metrics::Metrics;
-use crate::postgres::{Dropped, Partition, Partitions, Store, StoreError, UpkeepTurn};
+use crate::postgres::{Dropped, Partition, PartitionSession, Store, StoreError, UpkeepTurn};
 
 /// Time between two rounds.
 const ROUND: Duration = Duration::from_secs(600);
@@ -160,7 +160,7 @@ impl Upkeep {
         Ok(next)
     }
 
-    fn create(&self, partitions: &mut Partitions, premake: u32) -> Result<(), StoreError> {
+    fn create(&self, partitions: &mut PartitionSession, premake: u32) -> Result<(), StoreError> {
         for month in partitions.missing(premake)? {
             self.heartbeat.beat();
             let name = partitions.create(&month)?;
@@ -171,7 +171,7 @@ impl Upkeep {
 
     fn drop_old(
         &self,
-        partitions: &mut Partitions,
+        partitions: &mut PartitionSession,
         retention: Duration,
         kept: &mut Kept,
     ) -> Result<(), StoreError> {
@@ -195,7 +195,7 @@ impl Upkeep {
     /// Goes on with the pass over the old events, for as long as a round may.
     fn clean(
         &self,
-        partitions: &mut Partitions,
+        partitions: &mut PartitionSession,
         retention: Duration,
         pass: &mut Pass,
         turn: &UpkeepTurn,

@@ -17,7 +17,7 @@ use super::target::Target;
 use super::{Sessions, Store, StoreError, connect, first, read_all, sessions};
 use crate::config::Database;
 use crate::postgres::adoption::{
-    self, Column, Found, How, Kind, PartIndex, Partition, Schema, Step, Violated,
+    self, AdoptionStep, Column, FoundPartition, FoundTable, Kind, PartIndex, Schema, StepPace, Violated,
 };
 
 const ADOPT_TABLE: Query = query!("adopt_table");
@@ -158,14 +158,14 @@ impl Adoption<'_> {
     }
 
     /// The schema's file, in one of its two phases.
-    fn file(&self, phase: &str, what: &str) -> Step {
-        Step {
+    fn file(&self, phase: &str, what: &str) -> AdoptionStep {
+        AdoptionStep {
             what: what.to_owned(),
             sql: format!(
                 "SET LOCAL pg_outbox.adopt = '{phase}'; SET LOCAL pg_outbox.\"order\" = '{}'; {}",
                 self.order, self.text
             ),
-            how: How::Instantly,
+            how: StepPace::Instantly,
         }
     }
 
@@ -185,7 +185,7 @@ impl Adoption<'_> {
         Ok(())
     }
 
-    fn look_and_judge(&mut self) -> Result<Found, StoreError> {
+    fn look_and_judge(&mut self) -> Result<FoundTable, StoreError> {
         let found = self.look()?;
         let refusals = adoption::refusals(&found);
         if !refusals.is_empty() {
@@ -200,7 +200,7 @@ impl Adoption<'_> {
         Ok(found)
     }
 
-    fn look(&mut self) -> Result<Found, StoreError> {
+    fn look(&mut self) -> Result<FoundTable, StoreError> {
         let client = &mut self.client;
         let rows = ask(client, &ADOPT_TABLE)?;
         let (kind, key, has_default_partition, default_name_is_taken, has_sequence) = first(&rows, |row| {
@@ -227,7 +227,7 @@ impl Adoption<'_> {
         let named = |wanted: &str| {
             names.iter().filter(|(kind, _)| kind == wanted).map(|(_, name)| name.clone()).collect::<Vec<_>>()
         };
-        let mut found = Found {
+        let mut found = FoundTable {
             kind,
             complete: schema_version(client, &Home::default())? > 0,
             columns,
@@ -248,7 +248,7 @@ impl Adoption<'_> {
     }
 
     /// Looks whether writers keep the checks that are not there yet.
-    fn violated(&mut self, found: &Found) -> Result<Vec<Violated>, StoreError> {
+    fn violated(&mut self, found: &FoundTable) -> Result<Vec<Violated>, StoreError> {
         let mut violated = Vec::new();
         for (check, condition) in self.schema.checks().iter().filter(|(name, _)| !found.checks.contains(name))
         {
@@ -279,12 +279,12 @@ impl Adoption<'_> {
         Ok(violated)
     }
 
-    fn step(&mut self, step: &Step) -> Result<(), StoreError> {
+    fn step(&mut self, step: &AdoptionStep) -> Result<(), StoreError> {
         (self.say)(&step.what);
         let began = Instant::now();
         match step.how {
-            How::Instantly => self.instantly(&step.sql),
-            How::Beside => self.beside(&step.sql),
+            StepPace::Instantly => self.instantly(&step.sql),
+            StepPace::Beside => self.beside(&step.sql),
         }
         .map_err(|error| StoreError { text: format!("{}: {error}", step.what), ..error })?;
         self.done += 1;
@@ -353,12 +353,12 @@ fn progress(client: &mut Client, pid: i32) -> Option<String> {
     Some(percent.map_or(phase.clone(), |percent| format!("{phase}: {percent}%")))
 }
 
-fn partitions(client: &mut Client) -> Result<Vec<Partition>, StoreError> {
+fn partitions(client: &mut Client) -> Result<Vec<FoundPartition>, StoreError> {
     let rows = ask(client, &ADOPT_PARTITIONS)?;
     let read = read_all(&rows, |row| {
         let name: Option<String> = row.try_get(4)?;
         let (valid, part_of) = (row.try_get(5)?, row.try_get(6)?);
-        let partition = Partition {
+        let partition = FoundPartition {
             schema: row.try_get(0)?,
             name: row.try_get(1)?,
             is_table: row.try_get(2)?,
@@ -367,9 +367,10 @@ fn partitions(client: &mut Client) -> Result<Vec<Partition>, StoreError> {
         };
         Ok((partition, name.map(|name| PartIndex { name, valid, part_of })))
     })?;
-    let mut partitions: Vec<Partition> = Vec::new();
+    let mut partitions: Vec<FoundPartition> = Vec::new();
     for (partition, index) in read {
-        let is_last = |last: &Partition| (&last.schema, &last.name) == (&partition.schema, &partition.name);
+        let is_last =
+            |last: &FoundPartition| (&last.schema, &last.name) == (&partition.schema, &partition.name);
         if !partitions.last().is_some_and(is_last) {
             partitions.push(partition);
         }

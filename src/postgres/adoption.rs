@@ -107,7 +107,7 @@ pub(super) struct Column {
 
 /// A partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Partition {
+pub(super) struct FoundPartition {
     /// Its schema, quoted where it must be.
     pub(super) schema: String,
     /// Its name.
@@ -144,7 +144,7 @@ pub(super) struct Violated {
 
 /// What is there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Found {
+pub(super) struct FoundTable {
     /// The relation.
     pub(super) kind: Kind,
     /// The schema's version is recorded: everything but what [`steps`] says is there.
@@ -164,7 +164,7 @@ pub(super) struct Found {
     /// Names of indexes of the whole table.
     pub(super) indexes: Vec<String>,
     /// Partitions.
-    pub(super) partitions: Vec<Partition>,
+    pub(super) partitions: Vec<FoundPartition>,
     /// Functions that have the names of ours, as `name(types)`.
     pub(super) functions: Vec<String>,
     /// Checks that writers do not keep.
@@ -173,7 +173,7 @@ pub(super) struct Found {
 
 /// How a step is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum How {
+pub(super) enum StepPace {
     /// In a transaction, with a lock that writers meet: asked for during a moment, and again.
     Instantly,
     /// Outside of a transaction, for as long as it takes; writers go on.
@@ -182,17 +182,17 @@ pub(super) enum How {
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Step {
+pub(super) struct AdoptionStep {
     /// What, for people.
     pub(super) what: String,
     /// The statement.
     pub(super) sql: String,
     /// How.
-    pub(super) how: How,
+    pub(super) how: StepPace,
 }
 
 /// Why this table cannot be adopted, each with what to do; empty when it can.
-pub(super) fn refusals(found: &Found) -> Vec<String> {
+pub(super) fn refusals(found: &FoundTable) -> Vec<String> {
     match &found.kind {
         Kind::Missing => {
             return vec!["there is no table outboxes: run pg-outbox migrate, without --adopt".into()];
@@ -248,24 +248,24 @@ pub(super) fn refusals(found: &Found) -> Vec<String> {
 }
 
 /// What is missing around the table, in order.
-pub(super) fn steps(found: &Found, schema: &Schema) -> Vec<Step> {
-    let mut steps: Vec<Step> = alter(found, schema).into_iter().collect();
+pub(super) fn steps(found: &FoundTable, schema: &Schema) -> Vec<AdoptionStep> {
+    let mut steps: Vec<AdoptionStep> = alter(found, schema).into_iter().collect();
     for (name, rest) in schema.indexes.iter().filter(|(name, _)| !found.indexes.contains(name)) {
-        steps.push(Step {
+        steps.push(AdoptionStep {
             what: format!("declare index {name}, without building it"),
             sql: format!("CREATE INDEX {name} ON ONLY outboxes {rest}"),
-            how: How::Instantly,
+            how: StepPace::Instantly,
         });
     }
     if !found.has_default_partition {
-        steps.push(Step {
+        steps.push(AdoptionStep {
             what: "add an empty DEFAULT partition, so that no insert fails for want of one".into(),
             sql: "CREATE TABLE outboxes_default (LIKE outboxes INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE \
                   INCLUDING COMPRESSION INCLUDING GENERATED) WITH (autovacuum_vacuum_scale_factor = 0.02, \
                   autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.05); \
                   ALTER TABLE outboxes ATTACH PARTITION outboxes_default DEFAULT"
                 .into(),
-            how: How::Instantly,
+            how: StepPace::Instantly,
         });
     }
     for partition in &found.partitions {
@@ -277,21 +277,21 @@ pub(super) fn steps(found: &Found, schema: &Schema) -> Vec<Step> {
 }
 
 /// What is done last: the names of ours are freed, and the schema's file adds the rest.
-pub(super) fn renames(found: &Found) -> Vec<Step> {
+pub(super) fn renames(found: &FoundTable) -> Vec<AdoptionStep> {
     let rename = |function: &String| {
         let name = function.split('(').next().unwrap_or_default();
         let name = name.rsplit('.').next().unwrap_or_default();
-        Step {
+        AdoptionStep {
             what: format!("rename function {function}, as ours of this name takes its place"),
             sql: format!("ALTER FUNCTION {function} RENAME TO {name}_before_adoption"),
-            how: How::Instantly,
+            how: StepPace::Instantly,
         }
     };
     found.functions.iter().map(rename).collect()
 }
 
 /// What the operator should know, one line each.
-pub(super) fn remarks(found: &Found, schema: &Schema) -> Vec<String> {
+pub(super) fn remarks(found: &FoundTable, schema: &Schema) -> Vec<String> {
     let missing = |check: &str| !found.checks.iter().any(|name| name == check);
     let mut remarks: Vec<String> = found
         .violated
@@ -314,7 +314,7 @@ pub(super) fn remarks(found: &Found, schema: &Schema) -> Vec<String> {
 }
 
 /// Columns, defaults and checks: one statement, so that their lock is needed once.
-fn alter(found: &Found, schema: &Schema) -> Option<Step> {
+fn alter(found: &FoundTable, schema: &Schema) -> Option<AdoptionStep> {
     let has = |name: &str| found.columns.iter().any(|column| column.name == name);
     let without_default =
         |name: &str| found.columns.iter().any(|column| column.name == name && !column.has_default);
@@ -350,12 +350,12 @@ fn alter(found: &Found, schema: &Schema) -> Option<Step> {
          EXECUTE 'ALTER TABLE outboxes ' || ",
     );
     let _ = write!(sql, "{}; END $adopt$", parts.join(" || ', ' || "));
-    Some(Step { what: format!("add {}", what.join(", ")), sql, how: How::Instantly })
+    Some(AdoptionStep { what: format!("add {}", what.join(", ")), sql, how: StepPace::Instantly })
 }
 
 /// The part of an index that a partition lacks.
-fn build(partition: &Partition, index: &str, rest: &str) -> Vec<Step> {
-    let Partition { schema, name: table, size, indexes, .. } = partition;
+fn build(partition: &FoundPartition, index: &str, rest: &str) -> Vec<AdoptionStep> {
+    let FoundPartition { schema, name: table, size, indexes, .. } = partition;
     if indexes.iter().any(|found| found.part_of.as_deref() == Some(index)) {
         return Vec::new();
     }
@@ -364,23 +364,23 @@ fn build(partition: &Partition, index: &str, rest: &str) -> Vec<Step> {
     let there = indexes.iter().find(|found| found.name == name);
     let mut steps = Vec::new();
     if there.is_some_and(|found| !found.valid) {
-        steps.push(Step {
+        steps.push(AdoptionStep {
             what: format!("drop index {name}, which was not built to its end"),
             sql: format!("DROP INDEX CONCURRENTLY {schema}.{quoted_name}"),
-            how: How::Beside,
+            how: StepPace::Beside,
         });
     }
     if there.is_none_or(|found| !found.valid) {
-        steps.push(Step {
+        steps.push(AdoptionStep {
             what: format!("build index {name} on {table} ({size})"),
             sql: format!("CREATE INDEX CONCURRENTLY {quoted_name} ON {schema}.{quoted_table} {rest}"),
-            how: How::Beside,
+            how: StepPace::Beside,
         });
     }
-    steps.push(Step {
+    steps.push(AdoptionStep {
         what: format!("make it a part of {index}"),
         sql: format!("ALTER INDEX {index} ATTACH PARTITION {schema}.{quoted_name}"),
-        how: How::Instantly,
+        how: StepPace::Instantly,
     });
     steps
 }
@@ -420,8 +420,8 @@ mod tests {
     }
 
     /// As the seed's program makes it.
-    fn seed() -> Found {
-        Found {
+    fn seed() -> FoundTable {
+        FoundTable {
             kind: Kind::Partitioned("RANGE (created_at)".into()),
             columns: COLUMNS
                 .iter()
@@ -431,7 +431,7 @@ mod tests {
                 .collect(),
             primary_key: vec!["id".into(), "created_at".into()],
             has_sequence: true,
-            partitions: vec![Partition {
+            partitions: vec![FoundPartition {
                 schema: "public".into(),
                 name: "outboxes_2024_02".into(),
                 is_table: true,
@@ -439,7 +439,7 @@ mod tests {
                 indexes: Vec::new(),
             }],
             functions: vec!["cleanup_old_outbox_events(integer)".into()],
-            ..Found::default()
+            ..FoundTable::default()
         }
     }
 
@@ -472,7 +472,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_adopted_is_told_what_to_do() {
-        let edit = |what: &dyn Fn(&mut Found)| {
+        let edit = |what: &dyn Fn(&mut FoundTable)| {
             let mut found = seed();
             what(&mut found);
             refusals(&found).join("\n")
@@ -515,7 +515,7 @@ mod tests {
         assert_eq!(fine, [""; 4]);
     }
 
-    fn what(steps: &[Step]) -> Vec<&str> {
+    fn what(steps: &[AdoptionStep]) -> Vec<&str> {
         steps.iter().map(|step| step.what.as_str()).collect()
     }
 
@@ -532,7 +532,7 @@ mod tests {
             "{}",
             all[0].sql
         );
-        let beside: Vec<&Step> = all.iter().filter(|step| step.how == How::Beside).collect();
+        let beside: Vec<&AdoptionStep> = all.iter().filter(|step| step.how == StepPace::Beside).collect();
         assert!(beside.len() == indexes && beside.iter().all(|step| step.sql.contains("CONCURRENTLY")));
 
         // Interrupted while the second index was built.

@@ -22,9 +22,9 @@ use super::claim_settings::{ClaimLimits, ClaimSettings};
 use super::claim_settle::{SETTLE_DEAD, SETTLE_PUBLISHED};
 use super::query::Query;
 use super::server_life::ServerLife;
-use super::timestamptz::Timestamp;
+use super::timestamptz::Timestamptz;
 use super::transaction::Transaction;
-use super::{Shared, Store, StoreError, read_all, usize_of};
+use super::{Store, StoreError, StoreInner, read_all, usize_of};
 use crate::event::retry::MAX_ERROR_CHARS;
 use crate::failpoint;
 use crate::lane::{ByLane, marks};
@@ -70,7 +70,7 @@ impl Store {
         let backoff_max_ms = &self.shared.backoff_max_ms.load(Ordering::Relaxed);
         // A lane that there is not, and an event.
         let (lanes, cursors) = (&&[-1][..], &&[marks::BEGINNING][..]);
-        let (ids, created_at) = (&vec![Uuid::nil()], &vec![Timestamp(0)]);
+        let (ids, created_at) = (&vec![Uuid::nil()], &vec![Timestamptz(0)]);
         connection.query(&FIND_FRESH, &[lanes, cursors, ordered, block_on_dead, backoff_max_ms])?;
         connection.query(&LOCK_FRESH, &[lanes, &marks::BEGINNING, &1])?;
         connection.query(&LOCK_LANES, &[lanes, &1])?;
@@ -96,12 +96,12 @@ impl Store {
 /// A transaction in which a claim is about to be made. Dropping it ends it.
 pub struct Opening {
     transaction: Transaction,
-    shared: Arc<Shared>,
+    shared: Arc<StoreInner>,
 }
 
 /// What a look into a lane found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Found {
+pub struct LaneLook {
     /// The lane.
     pub lane: i32,
     /// It has something to claim, though perhaps somebody else has claimed it already.
@@ -111,10 +111,10 @@ pub struct Found {
     pub reach: Option<i64>,
 }
 
-impl Found {
+impl LaneLook {
     /// Of a lane in which nothing is held back: all that there is begins with its first fresh event.
-    fn fresh(lane: i32, first: Option<i64>) -> Found {
-        Found { lane, claimable: first.is_some(), reach: Some(marks::reach(i64::MAX, first, None)) }
+    fn fresh(lane: i32, first: Option<i64>) -> LaneLook {
+        LaneLook { lane, claimable: first.is_some(), reach: Some(marks::reach(i64::MAX, first, None)) }
     }
 }
 
@@ -123,7 +123,7 @@ impl Opening {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn find(&mut self, lanes: &[i32], cursors: &ByLane<i64>) -> Result<Vec<Found>, StoreError> {
+    pub fn find(&mut self, lanes: &[i32], cursors: &ByLane<i64>) -> Result<Vec<LaneLook>, StoreError> {
         let ClaimSettings { ordered, block_on_dead, .. } = self.shared.settings;
         let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
         let positions = positions(lanes, cursors);
@@ -132,14 +132,14 @@ impl Opening {
         if !self.shared.held.load(Ordering::Relaxed) {
             let rows = self.transaction.query(&FIND_FRESH, params)?;
             if !rows.is_empty() {
-                return read_all(&rows, |row| Ok(Found::fresh(row.try_get(0)?, row.try_get(1)?)));
+                return read_all(&rows, |row| Ok(LaneLook::fresh(row.try_get(0)?, row.try_get(1)?)));
             }
             self.shared.held.store(true, Ordering::Relaxed);
         }
         let rows = self.transaction.query(&FIND_LANES, params)?;
         read_all(&rows, |row| {
             let (claimable, settled): (bool, bool) = (row.try_get(1)?, row.try_get(2)?);
-            Ok(Found { lane: row.try_get(0)?, claimable, reach: settled.then_some(i64::MAX) })
+            Ok(LaneLook { lane: row.try_get(0)?, claimable, reach: settled.then_some(i64::MAX) })
         })
     }
 
@@ -227,7 +227,7 @@ impl Opening {
         )?;
         let head = |row: &Row| -> Result<Head, postgres::Error> {
             let (id, seq, attempts) = (row.try_get(1)?, row.try_get(2)?, row.try_get(6)?);
-            Ok(Head { id, seq, created_at: row.try_get::<_, Timestamp>(3)?.0, attempts })
+            Ok(Head { id, seq, created_at: row.try_get::<_, Timestamptz>(3)?.0, attempts })
         };
         rows.first().map(head).transpose().map_err(|error| StoreError::from(&error))
     }
@@ -252,7 +252,7 @@ impl Opening {
         }
         let Some(mut connection) = self.transaction.0.take() else { return Ok(false) };
         let ids = vec![head.id];
-        let created_at = vec![Timestamp(head.created_at)];
+        let created_at = vec![Timestamptz(head.created_at)];
         let attempts = vec![head.attempts.saturating_add(1)];
         let buried = connection.execute(
             &SETTLE_DEAD,

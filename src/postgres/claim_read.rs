@@ -16,9 +16,9 @@ use super::claim_settings::ClaimLimits;
 use super::claim_settle::Claim;
 use super::query::Query;
 use super::server_life::ServerLife;
-use super::timestamptz::Timestamp;
+use super::timestamptz::Timestamptz;
 use super::transaction::Transaction;
-use super::{Shared, StoreError, read_all, usize_of};
+use super::{StoreError, StoreInner, read_all, usize_of};
 use crate::event::Event;
 use crate::failpoint;
 use crate::lane::marks;
@@ -38,7 +38,7 @@ const LEFT_OUT: Query = query!("left_out", INT4_ARRAY, INT8_ARRAY, INT8_ARRAY, I
 /// Lanes locked, in an open transaction; their events are still to be read. Dropping it gives them back.
 pub struct Locked {
     pub(super) transaction: Transaction,
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<StoreInner>,
     /// Which lanes.
     pub lanes: Vec<i32>,
     /// The server that they are locked on.
@@ -170,7 +170,7 @@ fn read_event(row: &Row, max_event_bytes: usize) -> Result<ReadRow, postgres::Er
         lane,
         id: row.try_get(1)?,
         seq: row.try_get(2)?,
-        created_at: row.try_get::<_, Timestamp>(3)?.0,
+        created_at: row.try_get::<_, Timestamptz>(3)?.0,
         topic: row.try_get(4)?,
         key: row.try_get(5)?,
         attempts: u32::try_from(row.try_get::<_, i32>(6)?).unwrap_or(0),

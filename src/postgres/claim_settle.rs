@@ -13,7 +13,7 @@ use super::StoreError;
 use super::claim_lanes::{LaneEnd, LaneRead};
 use super::connection::Connection;
 use super::query::Query;
-use super::timestamptz::Timestamp;
+use super::timestamptz::Timestamptz;
 use super::transaction::Transaction;
 use crate::event::retry::MAX_ERROR_CHARS;
 use crate::event::{Event, Outcome};
@@ -143,7 +143,7 @@ struct Writes {
 #[derive(Default)]
 struct Rows {
     ids: Vec<Uuid>,
-    created_at: Vec<Timestamp>,
+    created_at: Vec<Timestamptz>,
     attempts: Vec<i32>,
     delays_ms: Vec<i64>,
     errors: Vec<String>,
@@ -194,7 +194,7 @@ impl Writes {
 impl Rows {
     fn add(&mut self, event: &Event) {
         self.ids.push(event.id);
-        self.created_at.push(Timestamp(event.created_at));
+        self.created_at.push(Timestamptz(event.created_at));
     }
 
     fn add_attempt(&mut self, attempts: u32, error: String) {

@@ -14,22 +14,22 @@ use postgres::Row;
 use postgres::fallible_iterator::FallibleIterator;
 use postgres::types::ToSql;
 
-use super::pool::{Manager, Session};
+use super::pool::{Manager, PooledClient};
 use super::query::{Query, typed};
 use super::storable::{WIDE_ENCODINGS, Width, storable};
-use super::{Shared, StoreError, sessions};
+use super::{StoreError, StoreInner, sessions};
 
 /// A connection on loan from the pool. It goes back unless it is doomed or the pool has enough idle ones.
 pub(super) struct Connection {
     pub(super) pooled: r2d2::PooledConnection<Manager>,
     pub(super) pool: r2d2::Pool<Manager>,
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<StoreInner>,
 }
 
 impl Connection {
     /// Begins a transaction by statements of which the last one returns [`super::SERVED_BY`].
     pub(super) fn begin(&mut self, text: &str) -> Result<(), StoreError> {
-        let messages = self.attempt(|session| session.client.simple_query(text))?;
+        let messages = self.attempt(|pooled| pooled.client.simple_query(text))?;
         let now = sessions::last_number(&messages).unwrap_or_default();
         let encoding = sessions::from_the_end(&messages, 2).unwrap_or(WIDE_ENCODINGS[0]);
         self.shared.narrow.store(!WIDE_ENCODINGS.contains(&encoding), Ordering::Relaxed);
@@ -40,7 +40,7 @@ impl Connection {
     }
 
     pub(super) fn batch(&mut self, text: &str) -> Result<(), StoreError> {
-        self.attempt(|session| session.client.batch_execute(text))
+        self.attempt(|pooled| pooled.client.batch_execute(text))
     }
 
     pub(super) fn query(
@@ -49,12 +49,12 @@ impl Connection {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
         let prepares = self.shared.preparing.is_on();
-        self.attempt(|session| {
+        self.attempt(|pooled| {
             if !prepares {
-                return session.client.query_typed(query.text, &typed(query, params));
+                return pooled.client.query_typed(query.text, &typed(query, params));
             }
-            let statement = session.prepared(query)?;
-            session.client.query(&statement, params)
+            let statement = pooled.prepared(query)?;
+            pooled.client.query(&statement, params)
         })
     }
 
@@ -67,12 +67,12 @@ impl Connection {
         read: impl Fn(&Row) -> Result<T, postgres::Error>,
     ) -> Result<Vec<T>, StoreError> {
         let prepares = self.shared.preparing.is_on();
-        self.attempt(|session| {
+        self.attempt(|pooled| {
             let rows = if prepares {
-                let statement = session.prepared(query)?;
-                session.client.query_raw(&statement, params.iter().copied())?
+                let statement = pooled.prepared(query)?;
+                pooled.client.query_raw(&statement, params.iter().copied())?
             } else {
-                session.client.query_typed_raw(query.text, typed(query, params))?
+                pooled.client.query_typed_raw(query.text, typed(query, params))?
             };
             rows.map(|row| read(&row)).collect()
         })
@@ -84,24 +84,24 @@ impl Connection {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<u64, StoreError> {
         let prepares = self.shared.preparing.is_on();
-        self.attempt(|session| {
+        self.attempt(|pooled| {
             if !prepares {
-                return session.client.execute_typed(query.text, &typed(query, params));
+                return pooled.client.execute_typed(query.text, &typed(query, params));
             }
-            let statement = session.prepared(query)?;
-            session.client.execute(&statement, params)
+            let statement = pooled.prepared(query)?;
+            pooled.client.execute(&statement, params)
         })
     }
 
     /// Every use of the client goes through here: any error dooms the connection.
     pub(super) fn attempt<T>(
         &mut self,
-        work: impl FnOnce(&mut Session) -> Result<T, postgres::Error>,
+        work: impl FnOnce(&mut PooledClient) -> Result<T, postgres::Error>,
     ) -> Result<T, StoreError> {
-        let session = self.pooled.deref_mut();
-        let result = work(session);
-        session.doomed |= result.is_err();
-        let age = session.age;
+        let pooled = self.pooled.deref_mut();
+        let result = work(pooled);
+        pooled.doomed |= result.is_err();
+        let age = pooled.age;
         result.map_err(|error| {
             let error = StoreError::from(&error);
             if error.has_ended_the_session() {

@@ -15,7 +15,7 @@ use super::begin::{CLAIM_PLANS, SERVED_BY};
 use super::connection::Connection;
 use super::home::Home;
 use super::query::Query;
-use super::timestamptz::Timestamp;
+use super::timestamptz::Timestamptz;
 use super::{STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
 
 /// Longest wait for the claim that has a lane: longer than a claim sends, waits for acks, and probes.
@@ -75,7 +75,7 @@ pub struct Letter {
     #[serde(skip)]
     pub copy_published: Option<f64>,
     #[serde(skip)]
-    created_at: Timestamp,
+    created_at: Timestamptz,
 }
 
 /// Everything about an event. Times are in UTC.
@@ -119,7 +119,7 @@ pub struct Whole {
 
 /// What is to become of dead letters.
 #[derive(Debug, Clone, Copy)]
-pub enum Change<'a> {
+pub enum LetterChange<'a> {
     /// They are tried again, at once; those whose id is in here, under the one that it leads to.
     Retry(&'a HashMap<Uuid, Uuid>),
     /// They are discarded.
@@ -161,7 +161,7 @@ impl Store {
     /// # Errors
     /// PostgreSQL is out of reach or refuses, or a claim has had the lane for longer than claims take. Nothing was
     /// changed (a lost COMMIT may have happened all the same).
-    pub fn change_dead(&self, letters: &[Letter], change: Change) -> Result<Vec<i64>, StoreError> {
+    pub fn change_dead(&self, letters: &[Letter], change: LetterChange) -> Result<Vec<i64>, StoreError> {
         let Some(lane) = letters.first().map(|letter| letter.lane) else { return Ok(Vec::new()) };
         let mut connection = self.connection()?;
         connection.begin(&begin_change(&self.shared.home))?;
@@ -184,12 +184,18 @@ impl Store {
     }
 }
 
-fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Result<Vec<Row>, StoreError> {
+fn apply(
+    connection: &mut Connection,
+    letters: &[Letter],
+    change: LetterChange,
+) -> Result<Vec<Row>, StoreError> {
     let ids: Vec<Uuid> = letters.iter().map(|letter| letter.id).collect();
-    let created_at: Vec<Timestamp> = letters.iter().map(|letter| letter.created_at).collect();
+    let created_at: Vec<Timestamptz> = letters.iter().map(|letter| letter.created_at).collect();
     match change {
-        Change::Retry(new_ids) if new_ids.is_empty() => connection.query(&RETRY_DEAD, &[&ids, &created_at]),
-        Change::Retry(new_ids) => {
+        LetterChange::Retry(new_ids) if new_ids.is_empty() => {
+            connection.query(&RETRY_DEAD, &[&ids, &created_at])
+        }
+        LetterChange::Retry(new_ids) => {
             let new_ids: Vec<Uuid> = ids.iter().map(|id| new_ids.get(id).copied().unwrap_or(*id)).collect();
             let retried = connection.query(&RETRY_DEAD_AFRESH, &[&ids, &created_at, &new_ids]);
             retried.map_err(|error| match error.sqlstate() {
@@ -202,7 +208,7 @@ fn apply(connection: &mut Connection, letters: &[Letter], change: Change) -> Res
                 _ => error,
             })
         }
-        Change::Discard { by, reason } => connection.query(
+        LetterChange::Discard { by, reason } => connection.query(
             &DISCARD_DEAD,
             &[
                 &ids,

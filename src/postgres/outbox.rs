@@ -1,8 +1,9 @@
 //! What is asked of the outbox as a whole: what waits in it, how far it can be read, and whether it is all there.
 //!
-//! The claimer's thread asks for the horizon and the outlook, the thread of the gauges for the backlog, and commands for
-//! the schema. Each is one short transaction that only reads, over a connection of the pool, with a limit on its time.
-//! Nothing here locks a lane or changes a row; counting what waits is the only question whose cost grows with the answer.
+//! The claimer's thread asks for the horizon and the outlook, the thread of the gauges for the backlog, and both the
+//! claimer's and commands for the schema. Each is one short transaction that only reads, over a connection of the pool,
+//! with a limit on its time. Nothing here locks a lane or changes a row; counting what waits is the only question whose
+//! cost grows with the answer.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use super::begin::begin_reading;
 use super::query::Query;
 use super::{STATEMENT_TIMEOUT, Store, StoreError, first, read_all};
 use crate::lane::LANES;
-use crate::lane::marks::{Reading, Writer};
+use crate::lane::marks::{HorizonReading, OpenWriter};
 
 /// The backlog is worth this much and no more.
 pub(super) const BACKLOG_TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,13 +54,14 @@ impl Store {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn horizon(&self) -> Result<Option<Reading>, StoreError> {
+    pub fn horizon(&self) -> Result<Option<HorizonReading>, StoreError> {
         let mut connection = self.begin(&begin_reading(STATEMENT_TIMEOUT, &self.shared.home))?;
         let last_seq: Option<i64> = first(&connection.query(&LAST_SEQ, &[])?, |row| row.try_get(0))?;
         let rows = connection.query(&OPEN_WRITERS, &[])?;
         connection.batch("COMMIT")?;
-        let writers = read_all(&rows, |row| Ok(Writer { name: row.try_get(0)?, prepared: row.try_get(1)? }))?;
-        Ok(last_seq.map(|last_seq| Reading { last_seq, writers: writers.into_iter().collect() }))
+        let writers =
+            read_all(&rows, |row| Ok(OpenWriter { name: row.try_get(0)?, prepared: row.try_get(1)? }))?;
+        Ok(last_seq.map(|last_seq| HorizonReading { last_seq, writers: writers.into_iter().collect() }))
     }
 
     /// What an empty claim may be waiting for.

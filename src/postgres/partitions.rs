@@ -1,6 +1,6 @@
 //! The partitions of the outbox: listing, making, dropping and cleaning them, through the functions of the schema.
 //!
-//! A [`Partitions`] is a connection of its own, outside the pool, so that no claim ever waits for upkeep. Of all
+//! A [`PartitionSession`] is a connection of its own, outside the pool, so that no claim ever waits for upkeep. Of all
 //! that ask for [`Store::upkeep_turn`] at the same time one gets it: the turn is an advisory lock that an otherwise
 //! empty transaction holds, and so it works through a transaction pooler too. Every method is one transaction with
 //! a limit, and blocks its caller. Whatever is called here in whatever order, no pending event and no dead letter
@@ -20,7 +20,7 @@ use super::{Store, StoreError, connect, first, milliseconds, read_all};
 pub const UPKEEP_STEP: Duration = Duration::from_secs(60);
 
 /// A connection for looking after the partitions.
-pub struct Partitions {
+pub struct PartitionSession {
     client: Client,
     home: Home,
 }
@@ -93,8 +93,8 @@ impl Store {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn partitions(&self) -> Result<Partitions, StoreError> {
-        Ok(Partitions { client: connect(&self.shared.target)?, home: self.shared.home.clone() })
+    pub fn partitions(&self) -> Result<PartitionSession, StoreError> {
+        Ok(PartitionSession { client: connect(&self.shared.target)?, home: self.shared.home.clone() })
     }
 
     /// Takes the turn to keep the partitions up; `None` while another instance has it.
@@ -118,7 +118,7 @@ impl UpkeepTurn {
     }
 }
 
-impl Partitions {
+impl PartitionSession {
     /// All partitions, by month, the DEFAULT partition last. `retention` says which of them are old; `None`: none.
     ///
     /// # Errors
@@ -143,7 +143,7 @@ impl Partitions {
     /// How far ahead partitions are made, and what has fallen beside them.
     ///
     /// # Errors
-    /// As [`Partitions::list`].
+    /// As [`PartitionSession::list`].
     pub fn state(&mut self) -> Result<PartitionState, StoreError> {
         let rows = self.step(&PARTITION_STATE, &[])?;
         first(&rows, |row| Ok(PartitionState { days_ahead: row.try_get(0)?, default_rows: row.try_get(1)? }))
@@ -153,7 +153,7 @@ impl Partitions {
     /// ones that have events in the DEFAULT partition.
     ///
     /// # Errors
-    /// As [`Partitions::list`].
+    /// As [`PartitionSession::list`].
     pub fn missing(&mut self, premake: u32) -> Result<Vec<String>, StoreError> {
         let premake = i32::try_from(premake).unwrap_or(i32::MAX);
         let rows = self.step(&MISSING_PARTITIONS, &[&premake])?;
@@ -164,7 +164,7 @@ impl Partitions {
     /// DEFAULT partition, and returns its name. Nothing happens when it is there.
     ///
     /// # Errors
-    /// As [`Partitions::list`]; locks that were not free in several tries (55P03); more than a minute of work.
+    /// As [`PartitionSession::list`]; locks that were not free in several tries (55P03); more than a minute of work.
     pub fn create(&mut self, day: &str) -> Result<String, StoreError> {
         let rows = self.step(&CREATE_PARTITION, &[&day])?;
         first(&rows, |row| row.try_get(0))
@@ -173,7 +173,7 @@ impl Partitions {
     /// Drops a partition if it may go.
     ///
     /// # Errors
-    /// As [`Partitions::list`]; there is no such partition (42P01).
+    /// As [`PartitionSession::list`]; there is no such partition (42P01).
     pub fn drop(&mut self, name: &str, retention: Duration) -> Result<Dropped, StoreError> {
         let rows = self.step(&DROP_PARTITION, &[&name, &seconds(retention)])?;
         let outcome: String = first(&rows, |row| row.try_get(0))?;
@@ -191,7 +191,7 @@ impl Partitions {
     /// Deletes events older than the retention from some blocks of a partition, from `first_block` on.
     ///
     /// # Errors
-    /// As [`Partitions::list`]; there is no such partition (42P01); a lock was not free (55P03).
+    /// As [`PartitionSession::list`]; there is no such partition (42P01); a lock was not free (55P03).
     pub fn clean(
         &mut self,
         name: &str,

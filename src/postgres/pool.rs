@@ -23,7 +23,7 @@ use super::target::{Made, Maker, Target};
 
 /// What the pool keeps: a client, its prepared statements, and whether it may be used again. The client is dropped
 /// first: a statement that is dropped before its connection would be closed on whatever server process is there.
-pub(super) struct Session {
+pub(super) struct PooledClient {
     pub(super) client: Client,
     /// Judges it.
     maker: Maker,
@@ -35,7 +35,7 @@ pub(super) struct Session {
     statements: HashMap<&'static str, Statement>,
 }
 
-impl Session {
+impl PooledClient {
     /// Whether all of these are prepared here.
     pub(super) fn has_prepared(&self, queries: &[&Query]) -> bool {
         queries.iter().all(|query| self.statements.contains_key(query.name))
@@ -58,21 +58,21 @@ pub(super) struct Manager {
 }
 
 impl ManageConnection for Manager {
-    type Connection = Session;
+    type Connection = PooledClient;
     type Error = StoreError;
 
-    fn connect(&self) -> Result<Session, StoreError> {
+    fn connect(&self) -> Result<PooledClient, StoreError> {
         let age = self.age.load(Ordering::Relaxed);
         let Made { client, maker } = self.target.connect()?;
-        Ok(Session { client, maker, doomed: false, age, served_by: None, statements: HashMap::new() })
+        Ok(PooledClient { client, maker, doomed: false, age, served_by: None, statements: HashMap::new() })
     }
 
-    fn is_valid(&self, session: &mut Session) -> Result<(), StoreError> {
-        session.maker.is_valid(&mut session.client).map_err(|error| StoreError::from(&error))
+    fn is_valid(&self, pooled: &mut PooledClient) -> Result<(), StoreError> {
+        pooled.maker.is_valid(&mut pooled.client).map_err(|error| StoreError::from(&error))
     }
 
-    fn has_broken(&self, session: &mut Session) -> bool {
-        session.doomed || session.maker.has_broken(&mut session.client)
+    fn has_broken(&self, pooled: &mut PooledClient) -> bool {
+        pooled.doomed || pooled.maker.has_broken(&mut pooled.client)
     }
 }
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::query::{Query, typed};
 use super::sessions::{self, Sessions};
-use super::timestamptz::Timestamp;
+use super::timestamptz::Timestamptz;
 use super::{STATEMENT_TIMEOUT, Selection, Store, StoreError, Target, connect, read_all};
 use crate::config::Secret;
 use crate::event::Event;
@@ -21,7 +21,7 @@ const TAKE_TURN: &str =
     "SELECT pg_try_advisory_lock(1869968485, 'outboxes'::regclass::oid::int8::bit(32)::int4)";
 
 /// A session that has found what to replay.
-pub struct Found {
+pub struct FoundPublished {
     client: Client,
     /// How many events were found.
     pub count: u64,
@@ -31,7 +31,7 @@ pub struct Found {
 #[derive(Debug, Clone)]
 pub struct FoundEvent {
     id: Uuid,
-    created_at: Timestamp,
+    created_at: Timestamptz,
     /// Its place in the order.
     pub seq: i64,
     /// Its topic.
@@ -52,7 +52,7 @@ impl Store {
         dsn: Option<&Secret>,
         selection: &Selection,
         after: Option<i64>,
-    ) -> Result<Option<Found>, StoreError> {
+    ) -> Result<Option<FoundPublished>, StoreError> {
         let shared = &self.shared;
         let target = match dsn {
             Some(dsn) => Target::new(dsn, &shared.parts, &shared.instance_id, shared.connect_timeout)?,
@@ -87,7 +87,7 @@ impl Store {
             SimpleQueryMessage::CommandComplete(count) => Some(*count),
             _ => None,
         });
-        Ok(Some(Found { client, count: count.unwrap_or(0) }))
+        Ok(Some(FoundPublished { client, count: count.unwrap_or(0) }))
     }
 
     /// Reads events that were found. Those that were deleted since are missing.
@@ -96,7 +96,7 @@ impl Store {
     /// PostgreSQL is out of reach or refuses.
     pub fn read_published(&self, found: &[FoundEvent]) -> Result<Vec<Event>, StoreError> {
         let ids: Vec<Uuid> = found.iter().map(|event| event.id).collect();
-        let created_at: Vec<Timestamp> = found.iter().map(|event| event.created_at).collect();
+        let created_at: Vec<Timestamptz> = found.iter().map(|event| event.created_at).collect();
         read_all(&self.read(STATEMENT_TIMEOUT, &REPLAY_READ, &[&ids, &created_at])?, read_event)
     }
 }
@@ -105,11 +105,11 @@ impl Store {
 impl FoundEvent {
     /// One of so many bytes, for the tests of whoever cuts pages.
     pub fn of_size(bytes: usize) -> FoundEvent {
-        FoundEvent { id: Uuid::nil(), created_at: Timestamp(0), seq: 0, topic: String::new(), bytes }
+        FoundEvent { id: Uuid::nil(), created_at: Timestamptz(0), seq: 0, topic: String::new(), bytes }
     }
 }
 
-impl Found {
+impl FoundPublished {
     /// The next events, `most` at most; none at the end.
     ///
     /// # Errors
@@ -133,7 +133,7 @@ fn read_event(row: &Row) -> Result<Event, postgres::Error> {
     Ok(Event {
         id: row.try_get(0)?,
         seq: row.try_get(1)?,
-        created_at: row.try_get::<_, Timestamp>(2)?.0,
+        created_at: row.try_get::<_, Timestamptz>(2)?.0,
         topic: row.try_get(3)?,
         key: row.try_get(4)?,
         lane: row.try_get(5)?,

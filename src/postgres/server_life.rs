@@ -6,7 +6,7 @@
 
 use postgres::Row;
 
-use super::timestamptz::Timestamp;
+use super::timestamptz::Timestamptz;
 
 /// One life of a server: another one may have forgotten what was settled in this one, as settles need not have been
 /// on disk when it crashed, nor have reached the standby that took over. Two different lives are never equal.
@@ -20,10 +20,10 @@ pub struct ServerLife {
 
 impl ServerLife {
     pub(super) fn read(row: &Row) -> Result<ServerLife, postgres::Error> {
-        let recovered: Option<Timestamp> = row.try_get(2)?;
+        let recovered: Option<Timestamptz> = row.try_get(2)?;
         Ok(ServerLife {
-            started: row.try_get::<_, Timestamp>(1)?.0,
-            recovered: recovered.map_or(0, |Timestamp(at)| at),
+            started: row.try_get::<_, Timestamptz>(1)?.0,
+            recovered: recovered.map_or(0, |Timestamptz(at)| at),
         })
     }
 }

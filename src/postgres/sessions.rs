@@ -104,7 +104,7 @@ impl Store {
         let mut pids = [0; TURNS.len()];
         for (pid, turn) in pids.iter_mut().zip(TURNS) {
             let connection = if turn == 0 { &mut one } else { &mut other };
-            *pid = connection.attempt(|session| backend_pid(&mut session.client))?;
+            *pid = connection.attempt(|pooled| backend_pid(&mut pooled.client))?;
         }
         let sessions = judge(pids);
         self.shared.preparing.found(sessions);

@@ -47,9 +47,9 @@ struct Inner {
     warned: AtomicBool,
 }
 
-/// A way to connect.
+/// How bytes go to a server: a way to connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum Transport {
     Clear,
     TlsIfOffered,
     Tls,
@@ -154,8 +154,8 @@ impl Target {
     fn connect_to(&self, server: &Server) -> Result<Made, StoreError> {
         let mode = if server.is_socket() { SslMode::Disable } else { self.0.dsn.mode };
         let mut first_failure: Option<String> = None;
-        for &way in ways(mode) {
-            let tried = self.attempt(server, way)?;
+        for &transport in transports(mode) {
+            let tried = self.attempt(server, transport)?;
             self.warn_of_clear(server, &tried);
             let error = match tried.result {
                 Ok(made) => return self.wanted(made),
@@ -175,18 +175,18 @@ impl Target {
         Err(StoreError::outage(first_failure.unwrap_or_default()))
     }
 
-    fn attempt(&self, server: &Server, way: Way) -> Result<Tried, StoreError> {
+    fn attempt(&self, server: &Server, transport: Transport) -> Result<Tried, StoreError> {
         let mut driver = self.0.driver.clone();
         driver.host(&server.host).port(server.port);
         if let Some(address) = server.address {
             driver.hostaddr(address);
         }
-        driver.ssl_mode(match way {
-            Way::Clear => DriverMode::Disable,
-            Way::TlsIfOffered => DriverMode::Prefer,
-            Way::Tls => DriverMode::Require,
+        driver.ssl_mode(match transport {
+            Transport::Clear => DriverMode::Disable,
+            Transport::TlsIfOffered => DriverMode::Prefer,
+            Transport::Tls => DriverMode::Require,
         });
-        let rustls = if way == Way::Clear { None } else { Some(rustls(&self.0.dsn.tls)?) };
+        let rustls = if transport == Transport::Clear { None } else { Some(rustls(&self.0.dsn.tls)?) };
         let begun = Arc::new(AtomicBool::new(false));
         let maker = Maker::new(driver, Connector { rustls, begun: begun.clone() });
         let result = maker.connect().map(|client| Made { client, maker });
@@ -231,12 +231,12 @@ impl Target {
 }
 
 /// The ways that a mode tries, in their order.
-fn ways(mode: SslMode) -> &'static [Way] {
+fn transports(mode: SslMode) -> &'static [Transport] {
     match mode {
-        SslMode::Disable => &[Way::Clear],
-        SslMode::Allow => &[Way::Clear, Way::Tls],
-        SslMode::Prefer => &[Way::TlsIfOffered, Way::Clear],
-        SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => &[Way::Tls],
+        SslMode::Disable => &[Transport::Clear],
+        SslMode::Allow => &[Transport::Clear, Transport::Tls],
+        SslMode::Prefer => &[Transport::TlsIfOffered, Transport::Clear],
+        SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => &[Transport::Tls],
     }
 }
 

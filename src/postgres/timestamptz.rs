@@ -10,17 +10,17 @@ use postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 /// `timestamptz` as PostgreSQL keeps it, microseconds since 2000-01-01 UTC, so that what is read comes back
 /// exactly: also `infinity`, and years that date types refuse.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Timestamp(pub(super) i64);
+pub(super) struct Timestamptz(pub(super) i64);
 
-impl FromSql<'_> for Timestamp {
-    fn from_sql(_: &Type, raw: &[u8]) -> Result<Timestamp, Box<dyn std::error::Error + Sync + Send>> {
-        Ok(Timestamp(i64::from_be_bytes(raw.try_into()?)))
+impl FromSql<'_> for Timestamptz {
+    fn from_sql(_: &Type, raw: &[u8]) -> Result<Timestamptz, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Timestamptz(i64::from_be_bytes(raw.try_into()?)))
     }
 
     accepts!(TIMESTAMPTZ);
 }
 
-impl ToSql for Timestamp {
+impl ToSql for Timestamptz {
     fn to_sql(
         &self,
         _: &Type,
