@@ -6,6 +6,7 @@
 
 pub mod answer;
 pub mod breaker;
+mod down;
 mod greeting;
 mod keeper;
 mod link;

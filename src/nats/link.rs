@@ -14,7 +14,6 @@
 //! ends when its socket does.
 #![allow(deprecated)] // the crate says of itself that it is deprecated
 
-use std::convert::Infallible;
 use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, ensure};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
+use super::down::Down;
 use super::greeting::Greeting;
 use super::login::Login;
 use super::patience::Patience;
@@ -95,37 +95,6 @@ impl Body {
             Body::Event(event) => event.payload.as_bytes(),
             Body::Bytes(bytes) => bytes,
         }
-    }
-}
-
-/// The end of a link: set once, with its cause, and heard by everyone who waits on `ended`.
-pub(super) struct Down {
-    cause: Mutex<Option<String>>,
-    /// Dropped when the link goes down, which is what `ended` receives.
-    alive: Mutex<Option<Sender<Infallible>>>,
-    pub(super) ended: Receiver<Infallible>,
-}
-
-impl Down {
-    pub(super) fn new() -> Down {
-        let (alive, ended) = bounded(0);
-        Down { cause: Mutex::new(None), alive: Mutex::new(Some(alive)), ended }
-    }
-
-    /// Takes the link down; the first cause stays.
-    pub(super) fn set(&self, cause: &str) {
-        let mut first = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
-        first.get_or_insert_with(|| cause.to_string());
-        drop(first);
-        self.alive.lock().unwrap_or_else(PoisonError::into_inner).take();
-    }
-
-    pub(super) fn cause(&self) -> Option<String> {
-        self.cause.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(super) fn is_set(&self) -> bool {
-        self.cause.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 }
 

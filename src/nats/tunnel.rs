@@ -27,8 +27,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value};
 
+use super::down::Down;
 use super::greeting::Greeting;
-use super::link::Down;
 use super::login::Login;
 use crate::tls::{Tls, TlsSession, is_failure_of_tls};
 
