@@ -30,7 +30,7 @@ use self::link::Link;
 pub use self::session::{Heard, NoFence, NotSent, Outgoing, ProbeFailure, Session};
 use crate::config;
 use crate::nats::answer::{Answer, StreamFacts};
-use crate::nats::breaker::{Change, Gate, Outage};
+use crate::nats::breaker::{Gate, GateChange, Outage};
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 
@@ -39,9 +39,9 @@ const FACTS_FRESH: Duration = Duration::from_secs(1);
 
 /// The publishing side of the service. Cheap to clone.
 #[derive(Clone)]
-pub struct Publisher(Arc<Shared>);
+pub struct Publisher(Arc<PublisherInner>);
 
-struct Shared {
+struct PublisherInner {
     settings: config::Nats,
     instance: String,
     slots: usize,
@@ -78,7 +78,7 @@ impl Publisher {
         metrics: Metrics,
     ) -> (Publisher, Keeper) {
         let outage = Outage { cause: "not connected yet".into(), since: Instant::now(), tries: 0 };
-        let publisher = Publisher(Arc::new(Shared {
+        let publisher = Publisher(Arc::new(PublisherInner {
             settings,
             instance: instance.to_string(),
             slots: workers + 1,
@@ -197,19 +197,19 @@ impl Publisher {
 
     /// Changes the gate and says so before anybody else can change it: else the end of an outage could be told
     /// before its beginning, and `/ready` would stay with the beginning.
-    fn change(&self, cause: &str, in_flight: usize, change: impl FnOnce(&mut Gate) -> Change) {
+    fn change(&self, cause: &str, in_flight: usize, change: impl FnOnce(&mut Gate) -> GateChange) {
         let mut state = self.state();
         let change = change(&mut state.gate);
         self.say(&change, cause, in_flight);
     }
 
     /// Logs a change of the gate and tells health and metrics.
-    fn say(&self, change: &Change, cause: &str, in_flight: usize) {
+    fn say(&self, change: &GateChange, cause: &str, in_flight: usize) {
         let shared = &self.0;
         let servers = || shared.settings.servers.join(",");
         match change {
-            Change::None => {}
-            Change::Begins(next) => {
+            GateChange::None => {}
+            GateChange::Begins(next) => {
                 log::warn!(
                     "outage begins: cause={cause:?} nats={} in_flight={in_flight} next_try={}",
                     servers(),
@@ -218,11 +218,11 @@ impl Publisher {
                 shared.health.outage(Some(cause.to_string()));
                 shared.metrics.outage_began();
             }
-            Change::GoesOn(next) => {
+            GateChange::GoesOn(next) => {
                 log::debug!("outage goes on: cause={cause:?} next_try={}", seconds(*next));
                 shared.health.outage(Some(cause.to_string()));
             }
-            Change::Ends(lasted) => {
+            GateChange::Ends(lasted) => {
                 log::info!("outage ends: nats={} lasted={}", servers(), seconds(*lasted));
                 shared.health.outage(None);
                 shared.metrics.outage_ended();

@@ -33,7 +33,7 @@ mod parts;
 mod threads;
 
 use self::parts::Parts;
-use self::threads::{Thread, Threads};
+use self::threads::{Running, Threads};
 
 /// The running service.
 ///
@@ -64,7 +64,7 @@ pub struct Service {
     /// All threads; told to stop, all but http and the workers end by that.
     threads: Threads,
     /// The workers, which end when the claimer hangs up.
-    workers: Vec<Thread>,
+    workers: Vec<Running>,
     /// Dropped last, to stop http.
     stop_http: Sender<Infallible>,
 }

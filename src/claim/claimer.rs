@@ -79,7 +79,7 @@ pub struct Claimer {
 }
 
 /// Why the loop goes on or not.
-enum Next {
+enum Turn {
     Claim,
     Stop,
 }
@@ -102,7 +102,7 @@ impl Claimer {
     /// # Errors
     /// None of its own.
     pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
-        if let Next::Stop = self.await_schema(stop) {
+        if let Turn::Stop = self.await_schema(stop) {
             return Ok(());
         }
         let mut search = Search::new(Instant::now());
@@ -110,7 +110,7 @@ impl Claimer {
         let mut woken = false;
         loop {
             self.heartbeat.idle();
-            if let Next::Stop = self.await_turn(&mut search, &mut trouble, stop) {
+            if let Turn::Stop = self.await_turn(&mut search, &mut trouble, stop) {
                 return Ok(());
             }
             self.heartbeat.beat();
@@ -174,21 +174,21 @@ impl Claimer {
     }
 
     /// Waits until a worker is free, there is room for its events, and NATS and PostgreSQL take what comes of them.
-    fn await_turn(&self, search: &mut Search, trouble: &mut Trouble, stop: &Receiver<Infallible>) -> Next {
+    fn await_turn(&self, search: &mut Search, trouble: &mut Trouble, stop: &Receiver<Infallible>) -> Turn {
         while search.idle_workers == 0 || search.has_no_room(self.max_in_flight_bytes, self.max_claim_bytes) {
             select! {
-                recv(stop) -> _ => return Next::Stop,
+                recv(stop) -> _ => return Turn::Stop,
                 recv(self.free) -> finished => search.finished(finished.unwrap_or_default()),
             }
         }
         match self.await_gate(stop) {
-            Next::Stop => Next::Stop,
-            Next::Claim => self.await_settles(trouble, stop),
+            Turn::Stop => Turn::Stop,
+            Turn::Claim => self.await_settles(trouble, stop),
         }
     }
 
     /// Waits until the schema is there, saying once what is missing. Learns before what connections are.
-    fn await_schema(&self, stop: &Receiver<Infallible>) -> Next {
+    fn await_schema(&self, stop: &Receiver<Infallible>) -> Turn {
         let mut said = String::new();
         let mut sessions = None;
         loop {
@@ -200,7 +200,7 @@ impl Claimer {
                     for hidden in self.store.hidden().unwrap_or_default() {
                         log::warn!("{hidden}");
                     }
-                    return Next::Claim;
+                    return Turn::Claim;
                 }
                 Ok(problems) => {
                     self.health.set(HealthPart::Postgres, Ok(()));
@@ -218,7 +218,7 @@ impl Claimer {
                 said = missing;
             }
             select! {
-                recv(stop) -> _ => return Next::Stop,
+                recv(stop) -> _ => return Turn::Stop,
                 default(self.poll_interval.min(Duration::from_secs(1))) => {}
             }
         }
@@ -237,32 +237,32 @@ impl Claimer {
     }
 
     /// Waits while an outage keeps the gate closed.
-    fn await_gate(&self, stop: &Receiver<Infallible>) -> Next {
+    fn await_gate(&self, stop: &Receiver<Infallible>) -> Turn {
         while !self.publisher.lets_through() {
             self.doze.awake();
             select! {
-                recv(stop) -> _ => return Next::Stop,
+                recv(stop) -> _ => return Turn::Stop,
                 recv(self.publisher.gate_opened()) -> _ => {}
                 default(Duration::from_secs(1)) => {}
             }
         }
         match stop.try_recv() {
-            Err(TryRecvError::Empty) => Next::Claim,
-            _ => Next::Stop,
+            Err(TryRecvError::Empty) => Turn::Claim,
+            _ => Turn::Stop,
         }
     }
 
     /// Pauses while settles fail, the longer the more of them: what is claimed now can hardly be settled either.
-    fn await_settles(&self, trouble: &mut Trouble, stop: &Receiver<Infallible>) -> Next {
+    fn await_settles(&self, trouble: &mut Trouble, stop: &Receiver<Infallible>) -> Turn {
         let failures = self.failed_settles.load(Ordering::Relaxed);
         trouble.settles(failures > 0, &self.health);
         if failures == 0 {
-            return Next::Claim;
+            return Turn::Claim;
         }
         let pause = TROUBLE_PAUSE.0.saturating_mul(failures).min(TROUBLE_PAUSE.1);
         select! {
-            recv(stop) -> _ => Next::Stop,
-            default(pause) => Next::Claim,
+            recv(stop) -> _ => Turn::Stop,
+            default(pause) => Turn::Claim,
         }
     }
 

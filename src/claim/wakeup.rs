@@ -35,9 +35,9 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// Whether the claimer sleeps, and whether it would be woken. Cheap to clone.
 #[derive(Clone)]
-pub struct Doze(Arc<Shared>);
+pub struct Doze(Arc<DozeInner>);
 
-struct Shared {
+struct DozeInner {
     /// Set by the claimer.
     asleep: AtomicBool,
     /// Set by the wake-up thread: notifications reach us.
@@ -54,7 +54,7 @@ struct Shared {
 
 impl Default for Doze {
     fn default() -> Doze {
-        Doze(Arc::new(Shared {
+        Doze(Arc::new(DozeInner {
             asleep: AtomicBool::new(false),
             listening: AtomicBool::new(false),
             granted: AtomicBool::new(false),

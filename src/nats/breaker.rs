@@ -45,7 +45,7 @@ pub struct Outage {
 
 /// What a change of the gate is to the one who logs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum GateChange {
     /// Nothing to say.
     None,
     /// An outage begins; the next try comes after this wait.
@@ -74,14 +74,14 @@ impl Gate {
     ///
     /// Workers that report the same outage one after another do not prolong it: a closed gate only takes the
     /// newer cause from [`Gate::try_failed`].
-    pub fn close(&mut self, cause: &str, now: Instant, jitter: f64) -> Change {
+    pub fn close(&mut self, cause: &str, now: Instant, jitter: f64) -> GateChange {
         match self {
-            Gate::Closed { .. } => Change::None,
+            Gate::Closed { .. } => GateChange::None,
             Gate::Open => {
                 let wait = retry::outage_backoff(0, jitter);
                 let outage = Outage { cause: cause.to_string(), since: now, tries: 0 };
                 *self = Gate::Closed { outage, next_try: now + wait };
-                Change::Begins(wait)
+                GateChange::Begins(wait)
             }
             Gate::Trial { outage } => {
                 let (since, tries) = (outage.since, outage.tries);
@@ -91,7 +91,7 @@ impl Gate {
     }
 
     /// A probe of the closed gate failed, says `cause`.
-    pub fn try_failed(&mut self, cause: &str, now: Instant, jitter: f64) -> Change {
+    pub fn try_failed(&mut self, cause: &str, now: Instant, jitter: f64) -> GateChange {
         match self {
             Gate::Closed { outage, .. } => {
                 let (since, tries) = (outage.since, outage.tries);
@@ -101,12 +101,19 @@ impl Gate {
         }
     }
 
-    fn wait_again(&mut self, since: Instant, tries: u32, cause: &str, now: Instant, jitter: f64) -> Change {
+    fn wait_again(
+        &mut self,
+        since: Instant,
+        tries: u32,
+        cause: &str,
+        now: Instant,
+        jitter: f64,
+    ) -> GateChange {
         let tries = tries.saturating_add(1);
         let wait = retry::outage_backoff(tries, jitter);
         let outage = Outage { cause: cause.to_string(), since, tries };
         *self = Gate::Closed { outage, next_try: now + wait };
-        Change::GoesOn(wait)
+        GateChange::GoesOn(wait)
     }
 
     /// A probe of the closed gate passed: the next publish decides.
@@ -117,15 +124,15 @@ impl Gate {
     }
 
     /// An event was stored, or there is none to publish: a trial is passed.
-    pub fn confirm(&mut self, now: Instant) -> Change {
+    pub fn confirm(&mut self, now: Instant) -> GateChange {
         match self {
             Gate::Trial { outage } => {
                 let lasted = now.saturating_duration_since(outage.since);
                 *self = Gate::Open;
-                Change::Ends(lasted)
+                GateChange::Ends(lasted)
             }
             // An ack that was on its way when the gate closed proves nothing about now.
-            Gate::Open | Gate::Closed { .. } => Change::None,
+            Gate::Open | Gate::Closed { .. } => GateChange::None,
         }
     }
 }
@@ -138,17 +145,17 @@ mod tests {
     fn an_outage_begins_once_and_ends_once() {
         let start = Instant::now();
         let mut gate = Gate::Open;
-        assert!(matches!(gate.close("no ack", start, 0.5), Change::Begins(_)));
-        assert_eq!(gate.close("no ack", start, 0.5), Change::None, "another worker saw the same outage");
+        assert!(matches!(gate.close("no ack", start, 0.5), GateChange::Begins(_)));
+        assert_eq!(gate.close("no ack", start, 0.5), GateChange::None, "another worker saw the same outage");
         assert!(!gate.lets_through());
-        assert!(matches!(gate.try_failed("refused", start, 0.5), Change::GoesOn(_)));
+        assert!(matches!(gate.try_failed("refused", start, 0.5), GateChange::GoesOn(_)));
         assert_eq!(gate.outage().unwrap().cause, "refused");
         gate.try_passed();
         assert!(gate.lets_through());
-        assert!(matches!(gate.close("stream full", start, 0.5), Change::GoesOn(_)));
+        assert!(matches!(gate.close("stream full", start, 0.5), GateChange::GoesOn(_)));
         gate.try_passed();
         let later = start + Duration::from_secs(9);
-        assert_eq!(gate.confirm(later), Change::Ends(Duration::from_secs(9)));
+        assert_eq!(gate.confirm(later), GateChange::Ends(Duration::from_secs(9)));
         assert!(gate.outage().is_none());
     }
 
@@ -157,7 +164,7 @@ mod tests {
         let now = Instant::now();
         let mut gate = Gate::Open;
         gate.close("gone", now, 0.5);
-        assert_eq!(gate.confirm(now), Change::None);
+        assert_eq!(gate.confirm(now), GateChange::None);
         assert!(!gate.lets_through());
     }
 
@@ -166,12 +173,12 @@ mod tests {
         let now = Instant::now();
         let mut gate = Gate::Open;
         let mut waits = Vec::new();
-        if let Change::Begins(wait) = gate.close("full", now, 0.999) {
+        if let GateChange::Begins(wait) = gate.close("full", now, 0.999) {
             waits.push(wait);
         }
         for _ in 0..8 {
             gate.try_passed();
-            if let Change::GoesOn(wait) = gate.close("full", now, 0.999) {
+            if let GateChange::GoesOn(wait) = gate.close("full", now, 0.999) {
                 waits.push(wait);
             }
         }

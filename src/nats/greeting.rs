@@ -25,25 +25,25 @@ pub(super) struct Greeting {
 
 /// How we go on after a greeting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum Encryption {
     Clear,
     Tls,
 }
 
 impl Greeting {
-    /// The way that the server and we agree on; `wanted` is ours to say.
+    /// What the server and we agree on; `wanted` is ours to say.
     ///
     /// # Errors
     /// We want TLS and the server has none. There is no way back to clear from that: whoever can change a greeting
     /// could ask for it.
-    pub(super) fn way(&self, wanted: Way) -> Result<Way> {
+    pub(super) fn encryption(&self, wanted: Encryption) -> Result<Encryption> {
         let says = |word: &str| self.info.get(word).and_then(Value::as_bool) == Some(true);
         match (wanted, says("tls_required"), says("tls_available")) {
-            (Way::Tls, false, false) => {
+            (Encryption::Tls, false, false) => {
                 bail!("the server offers no TLS, which nats.tls or the tls:// in nats.url wants")
             }
-            (Way::Tls, ..) | (Way::Clear, true, _) => Ok(Way::Tls),
-            (Way::Clear, false, _) => Ok(Way::Clear),
+            (Encryption::Tls, ..) | (Encryption::Clear, true, _) => Ok(Encryption::Tls),
+            (Encryption::Clear, false, _) => Ok(Encryption::Clear),
         }
     }
 }
@@ -122,15 +122,15 @@ mod tests {
     #[test]
     fn what_is_wanted_is_never_given_up() {
         let cases = [
-            ("INFO {}\r\n", Some(Way::Clear), None),
-            (r#"INFO {"tls_required":true}"#, Some(Way::Tls), Some(Way::Tls)),
-            (r#"INFO {"tls_available":true}"#, Some(Way::Clear), Some(Way::Tls)),
-            (r#"INFO {"tls_required":"yes"}"#, Some(Way::Clear), None),
+            ("INFO {}\r\n", Some(Encryption::Clear), None),
+            (r#"INFO {"tls_required":true}"#, Some(Encryption::Tls), Some(Encryption::Tls)),
+            (r#"INFO {"tls_available":true}"#, Some(Encryption::Clear), Some(Encryption::Tls)),
+            (r#"INFO {"tls_required":"yes"}"#, Some(Encryption::Clear), None),
         ];
         for (text, clear, tls) in cases {
             let greeting = greeting(text);
-            assert_eq!(greeting.way(Way::Clear).ok(), clear, "{text}");
-            assert_eq!(greeting.way(Way::Tls).ok(), tls, "{text}");
+            assert_eq!(greeting.encryption(Encryption::Clear).ok(), clear, "{text}");
+            assert_eq!(greeting.encryption(Encryption::Tls).ok(), tls, "{text}");
         }
     }
 

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, bounded, never, select};
 
-use super::greeting::{self, greet};
-use super::link::{Dial, Link, Way, cluster};
+use super::greeting::{Encryption, greet};
+use super::link::{Dial, Link, Route, cluster};
 use super::login::Login;
 use super::session::{ProbeFailure, Session};
 use super::tunnel::Plan;
-use super::{Publisher, Shared, seconds};
+use super::{Publisher, PublisherInner, seconds};
 use crate::config::live::Live;
 use crate::event::topic_map::TopicMap;
 use crate::nats::answer::{self, StreamFacts};
@@ -127,7 +127,7 @@ impl Keeper {
         Ok(Survey { server: session.server().to_string(), stream, max_payload: session.max_payload() })
     }
 
-    fn shared(&self) -> &Shared {
+    fn shared(&self) -> &PublisherInner {
         &self.publisher.0
     }
 
@@ -307,20 +307,20 @@ impl Keeper {
         let login = Login::read(&shared.settings.auth)?;
         let greeting = greet(server, timeout)?;
         let tls_wanted = server.starts_with("tls://") || shared.settings.tls.is_given();
-        let wanted = if tls_wanted { greeting::Way::Tls } else { greeting::Way::Clear };
-        let way = match greeting.way(wanted)? {
-            greeting::Way::Tls => Way::Tunnel(
+        let wanted = if tls_wanted { Encryption::Tls } else { Encryption::Clear };
+        let route = match greeting.encryption(wanted)? {
+            Encryption::Tls => Route::Tunnel(
                 greeting,
                 Plan { tls: shared.settings.tls.meaning(), name: name.to_owned(), timeout },
             ),
-            greeting::Way::Clear => {
+            Encryption::Clear => {
                 self.warn_of_clear(server, &login);
-                Way::Clear
+                Route::Clear
             }
         };
         let dial = Dial {
             server: server.to_string(),
-            way,
+            route,
             id: shared.links.fetch_add(1, Ordering::Relaxed),
             slots: shared.slots,
             login,

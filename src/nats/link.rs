@@ -51,7 +51,7 @@ pub(super) struct Link {
     pub(super) id: u64,
     pub(super) server: String,
     pub(super) inbox: String,
-    pub(super) outgoing: Sender<Vec<Written>>,
+    pub(super) outgoing: Sender<Vec<WireMessage>>,
     pub(super) inboxes: Vec<Receiver<Inbound>>,
     pub(super) denials: Vec<Receiver<String>>,
     pub(super) down: Arc<Down>,
@@ -69,7 +69,7 @@ pub(super) fn cluster(message: &Inbound) -> Vec<String> {
 }
 
 /// One thing for the writer to publish.
-pub(super) struct Written {
+pub(super) struct WireMessage {
     pub(super) subject: String,
     pub(super) reply: Option<String>,
     pub(super) headers: Option<String>,
@@ -99,8 +99,8 @@ impl Body {
 }
 
 /// Publishes and flushes for one link; the only thread that does.
-struct Writer {
-    outgoing: Receiver<Vec<Written>>,
+struct LinkWriter {
+    outgoing: Receiver<Vec<WireMessage>>,
     down: Arc<Down>,
     max_payload: Arc<AtomicUsize>,
     /// Dropped before the connection: dropping unsubscribes.
@@ -108,7 +108,7 @@ struct Writer {
     connection: nats::Connection,
 }
 
-impl Writer {
+impl LinkWriter {
     fn run(self) {
         let cause = match self.write() {
             Ok(()) => "link given up".to_string(),
@@ -158,7 +158,7 @@ impl Writer {
     /// The crate keeps headers in a hash map and writes them in its order. The order matters: nats-server 2.9
     /// takes the first textual match of `Nats-Msg-Id`, so it must come before anything an application wrote.
     /// Hence the whole block goes in as the value of one header; the crate writes values as they are.
-    fn publish(&self, message: &Written) -> std::io::Result<usize> {
+    fn publish(&self, message: &WireMessage) -> std::io::Result<usize> {
         if let Some(not_after) = &message.not_after
             && not_after.time.is_past()
         {
@@ -185,7 +185,7 @@ impl Writer {
 /// One attempt to make a link.
 pub(super) struct Dial {
     pub(super) server: String,
-    pub(super) way: Way,
+    pub(super) route: Route,
     pub(super) id: u64,
     pub(super) slots: usize,
     pub(super) login: Login,
@@ -195,7 +195,7 @@ pub(super) struct Dial {
 }
 
 /// How the crate gets there.
-pub(super) enum Way {
+pub(super) enum Route {
     /// By itself, in clear.
     Clear,
     /// Through a tunnel to the server that greeted.
@@ -218,7 +218,7 @@ impl Dial {
         }
         let max_payload = Arc::new(AtomicUsize::new(connection.max_payload()));
         let (outgoing, to_write) = bounded(CHUNKS_MAX);
-        let writer = Writer {
+        let writer = LinkWriter {
             outgoing: to_write,
             down: down.clone(),
             max_payload: max_payload.clone(),
@@ -240,7 +240,7 @@ impl Dial {
     }
 
     fn connect(&mut self, down: &Arc<Down>, deny: Vec<Sender<String>>) -> Result<nats::Connection> {
-        let Way::Tunnel(greeting, plan) = mem::replace(&mut self.way, Way::Clear) else {
+        let Route::Tunnel(greeting, plan) = mem::replace(&mut self.route, Route::Clear) else {
             return Ok(self.options(self.login.options(), down, deny).connect(self.server.as_str())?);
         };
         let tunnel = tunnel::open(greeting, &self.login, &plan, down)?;

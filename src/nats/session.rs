@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Select, TrySendError, select};
 
-use super::link::{Body, CHUNK_MESSAGES, Inbound, Link, NotAfter, Written};
+use super::link::{Body, CHUNK_MESSAGES, Inbound, Link, NotAfter, WireMessage};
 use super::patience::Patience;
 use crate::boottime::Boottime;
 use crate::config;
@@ -98,7 +98,7 @@ pub struct Session {
     slot: usize,
     jetstream: config::JetStream,
     /// Published, and not yet handed to the writer.
-    chunk: RefCell<Vec<Written>>,
+    chunk: RefCell<Vec<WireMessage>>,
     /// Set by the writer when it came to a message of this session too late.
     dropped: Arc<AtomicBool>,
     /// Of its waits for answers.
@@ -149,7 +149,7 @@ impl Session {
         let not_after = self.jetstream.enabled.then(|| self.not_after(not_after));
         let Outgoing { subject, headers, event } = message;
         self.add(
-            Written { subject, reply, headers: Some(headers), body: Body::Event(event), not_after },
+            WireMessage { subject, reply, headers: Some(headers), body: Body::Event(event), not_after },
             deadline,
         )?;
         Ok(token)
@@ -168,7 +168,7 @@ impl Session {
         let Outgoing { subject, headers, event } = message;
         let (headers, body) = (Some(headers), Body::Event(event));
         let not_after = Some(self.not_after(not_after));
-        self.add(Written { subject, reply: None, headers, body, not_after }, deadline)
+        self.add(WireMessage { subject, reply: None, headers, body, not_after }, deadline)
     }
 
     /// Sends a message to our own inbox; it comes back as [`Heard::Echo`] after the server has processed
@@ -180,7 +180,13 @@ impl Session {
         let token = self.token();
         let subject = self.reply(ECHO, token);
         self.add(
-            Written { subject, reply: None, headers: None, body: Body::Bytes(Vec::new()), not_after: None },
+            WireMessage {
+                subject,
+                reply: None,
+                headers: None,
+                body: Body::Bytes(Vec::new()),
+                not_after: None,
+            },
             deadline,
         )?;
         self.hand_over(deadline)?;
@@ -342,7 +348,7 @@ impl Session {
         if self.jetstream.enabled {
             let token = self.token();
             let reply = Some(self.reply(STREAM, token));
-            let question = Written {
+            let question = WireMessage {
                 subject: question.to_string(),
                 reply,
                 headers: None,
@@ -404,7 +410,7 @@ impl Session {
     }
 
     /// Adds a message to the chunk, and hands it over once it is full.
-    fn add(&self, message: Written, deadline: Instant) -> Result<(), NotSent> {
+    fn add(&self, message: WireMessage, deadline: Instant) -> Result<(), NotSent> {
         let mut chunk = self.chunk.borrow_mut();
         chunk.push(message);
         let is_full = chunk.len() >= CHUNK_MESSAGES;

@@ -2,7 +2,7 @@
 //!
 //! Every thread of the service is started by [`Threads::spawn`] and by nothing else. It runs until it is told to stop,
 //! which it hears as the end of a channel. A thread that ends before that, by error or by panic, is a failure of the
-//! service: its name and cause come to [`Threads::failed`]. A [`Thread`] tells whether what it runs has ended, and waits
+//! service: its name and cause come to [`Threads::failed`]. A [`Running`] one tells whether it has ended, and waits
 //! for that until a deadline. Nothing here kills a thread, and nothing waits for one without a deadline.
 
 use std::convert::Infallible;
@@ -27,7 +27,7 @@ pub(super) struct Threads {
 }
 
 /// A thread that was started.
-pub(super) struct Thread {
+pub(super) struct Running {
     /// Disconnected once what it runs has ended.
     ended: Receiver<Infallible>,
 }
@@ -48,7 +48,7 @@ impl Threads {
         &self,
         name: &str,
         run: impl FnOnce(&Receiver<Infallible>) -> Result<()> + Send + 'static,
-    ) -> Result<Thread> {
+    ) -> Result<Running> {
         let (alive, ended) = bounded::<Infallible>(0);
         let (stopped, stopping, fail) = (self.stopped.clone(), self.stopping.clone(), self.fail.clone());
         let thread_name = name.to_owned();
@@ -66,7 +66,7 @@ impl Threads {
                 drop(alive);
             })
             .with_context(|| format!("start thread {name}"))?;
-        Ok(Thread { ended })
+        Ok(Running { ended })
     }
 
     /// Receives when a thread has ended before it was told to: its name and cause.
@@ -81,7 +81,7 @@ impl Threads {
     }
 }
 
-impl Thread {
+impl Running {
     /// Waits until what it runs has ended, until `deadline` at most; returns whether it has.
     ///
     /// It is not joined: `JoinHandle::join` knows no deadline, and `is_finished` still says no while a thread that has
