@@ -11,7 +11,7 @@ use anyhow::Result;
 use super::terminal::harmless;
 use crate::config::{Config, JetStream, Storage};
 use crate::nats::Publisher;
-use crate::nats::answer::{self, Keeping, StreamFacts};
+use crate::nats::answer::{Keeping, StreamFacts, StreamFault};
 use crate::nats::preflight::{self, Finding, Needs};
 use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
@@ -116,12 +116,12 @@ fn check_nats(config: &Config, report: &mut CheckReport) {
             report.line("stream", Ok(format!("{stream} takes {}", facts.subjects.join(", "))));
             facts
         }
-        Err(cause) if jetstream.create && cause.contains(answer::MISSING) => {
+        Err(StreamFault::Missing { .. }) if jetstream.create => {
             let subjects = jetstream.subjects.join(", ");
             report.line("stream", Ok(format!("{stream} is missing; run will create it and take {subjects}")));
             to_be_created(jetstream)
         }
-        Err(cause) => return report.line("stream", Err(cause)),
+        Err(fault) => return report.line("stream", Err(fault.to_string())),
     };
     for target in config.nats.topic_map.targets() {
         report.line("topic map", check_target(target, stream, &facts));

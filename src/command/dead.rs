@@ -432,7 +432,8 @@ fn duplicate_window(config: &Config) -> Result<Duration, String> {
     let instance = format!("{}-dead", config.dispatcher.instance_id);
     let (_, keeper) = Publisher::new(config.nats.clone(), &instance, 1, Health::default(), Metrics::new());
     let survey = keeper.survey().map_err(|error| format!("{error:#}"))?;
-    Ok(Duration::from_nanos(survey.stream?.keeping.duplicate_window_ns))
+    let facts = survey.stream.map_err(|fault| fault.to_string())?;
+    Ok(Duration::from_nanos(facts.keeping.duplicate_window_ns))
 }
 
 /// The user of the operating system, for the record: `ada@db-host`.

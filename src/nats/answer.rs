@@ -5,6 +5,8 @@
 //! (<https://docs.nats.io/reference/jetstream/errors>); a code this file does not know is judged by its HTTP-like
 //! status: 5xx and 429 are outages, other ones rejections.
 
+use std::fmt;
+
 use serde::Deserialize;
 
 /// The answer to one publish.
@@ -28,9 +30,6 @@ pub enum Answer {
         cause: String,
     },
 }
-
-/// What the cause says of a stream that does not exist, and could be created.
-pub const MISSING: &str = "is missing";
 
 /// Stream not found.
 const STREAM_NOT_FOUND: u32 = 10059;
@@ -73,6 +72,7 @@ impl ApiError {
     /// Whether the error says that JetStream cannot judge events now.
     fn is_outage(&self) -> bool {
         match self.err_code {
+            // Both limits have this one code; only its words tell which it was.
             STORE_FAILED => !self.description.contains("per subject"),
             STREAM_NOT_FOUND | ACCOUNT_RESOURCES_EXCEEDED | DUPLICATE_IN_PROCESS => true,
             _ => self.code >= 500 || self.code == 429,
@@ -193,6 +193,29 @@ impl StreamFacts {
     }
 }
 
+/// Why a stream cannot take events now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StreamFault {
+    /// There is no stream of this name. It could be created.
+    Missing {
+        /// The name.
+        stream: String,
+    },
+    /// It is there and takes nothing, or nobody knows whether it is there; why, in words for people.
+    Unusable(String),
+}
+
+impl fmt::Display for StreamFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StreamFault::Missing { stream } => {
+                write!(f, "stream {stream} is missing: create it, or set nats.jetstream.create: true")
+            }
+            StreamFault::Unusable(why) => f.write_str(why),
+        }
+    }
+}
+
 #[derive(Deserialize)]
 struct StreamInfo {
     error: Option<ApiError>,
@@ -246,27 +269,32 @@ struct Cluster {
 ///
 /// # Errors
 /// Why the stream cannot take events now: it is missing, it has no leader, or JetStream is not there.
-pub fn stream_answer(body: &[u8], no_responders: bool, stream: &str) -> Result<StreamFacts, String> {
+pub fn stream_answer(body: &[u8], no_responders: bool, stream: &str) -> Result<StreamFacts, StreamFault> {
+    let unusable = |why: String| Err(StreamFault::Unusable(why));
     if no_responders {
-        return Err(format!(
+        return unusable(format!(
             "JetStream does not answer for stream {stream}: is it enabled on the server and for this account?"
         ));
     }
-    let info: StreamInfo = serde_json::from_slice(body)
-        .map_err(|error| format!("cannot read what JetStream says of stream {stream}: {error}"))?;
+    let info: StreamInfo = match serde_json::from_slice(body) {
+        Ok(info) => info,
+        Err(error) => {
+            return unusable(format!("cannot read what JetStream says of stream {stream}: {error}"));
+        }
+    };
     match info {
         StreamInfo { error: Some(error), .. } if error.err_code == STREAM_NOT_FOUND => {
-            Err(format!("stream {stream} {MISSING}: create it, or set nats.jetstream.create: true"))
+            Err(StreamFault::Missing { stream: stream.to_owned() })
         }
-        StreamInfo { error: Some(error), .. } => Err(format!("stream {stream}: {}", error.text())),
+        StreamInfo { error: Some(error), .. } => unusable(format!("stream {stream}: {}", error.text())),
         StreamInfo { cluster: Some(Cluster { leader }), .. } if leader.is_empty() => {
-            Err(format!("stream {stream} has no leader"))
+            unusable(format!("stream {stream} has no leader"))
         }
         StreamInfo { config: Some(config), state, .. } => match config.cannot() {
-            Some(reason) => Err(format!("stream {stream} {reason}")),
+            Some(reason) => unusable(format!("stream {stream} {reason}")),
             None => Ok(facts(config, state.unwrap_or_default())),
         },
-        StreamInfo { config: None, .. } => Err(format!("JetStream says nothing of stream {stream}")),
+        StreamInfo { config: None, .. } => unusable(format!("JetStream says nothing of stream {stream}")),
     }
 }
 
@@ -380,10 +408,12 @@ mod tests {
             ("nonsense", "cannot read"),
         ];
         for (body, part) in cases {
-            let cause = stream_answer(body.as_bytes(), false, "EVENTS").unwrap_err();
-            assert!(cause.contains(part), "{cause}");
+            let fault = stream_answer(body.as_bytes(), false, "EVENTS").unwrap_err();
+            assert!(fault.to_string().contains(part), "{fault}");
+            let is_missing = fault == StreamFault::Missing { stream: "EVENTS".into() };
+            assert_eq!(is_missing, part == "is missing", "only such a stream can be created: {body}");
         }
-        assert!(stream_answer(b"", true, "EVENTS").unwrap_err().contains("enabled"));
+        assert!(stream_answer(b"", true, "EVENTS").unwrap_err().to_string().contains("enabled"));
     }
 
     #[test]

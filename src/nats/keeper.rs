@@ -23,7 +23,7 @@ use super::tunnel::Plan;
 use super::{Publisher, PublisherInner, seconds};
 use crate::config::live::Live;
 use crate::event::topic_map::TopicMap;
-use crate::nats::answer::{self, StreamFacts};
+use crate::nats::answer::{StreamFacts, StreamFault};
 use crate::nats::breaker::Gate;
 use crate::nats::preflight::{self, Finding, Needs};
 use crate::ops::health::HealthPart;
@@ -62,7 +62,7 @@ pub struct Survey {
     /// The server that took us: `nats://host:4222`.
     pub server: String,
     /// The stream's facts, or why it cannot take events; empty facts over core NATS.
-    pub stream: Result<StreamFacts, String>,
+    pub stream: Result<StreamFacts, StreamFault>,
     /// The server's limit on a message, in bytes.
     pub max_payload: usize,
 }
@@ -121,7 +121,7 @@ impl Keeper {
         let deadline = Instant::now() + self.shared().settings.ack_timeout;
         let stream = match session.probe(deadline, &mut |_, _| {}) {
             Ok(facts) => Ok(facts),
-            Err(ProbeFailure::Stream(cause)) => Err(cause),
+            Err(ProbeFailure::Stream(fault)) => Err(fault),
             Err(ProbeFailure::Link(cause)) => return Err(anyhow!(cause)),
         };
         Ok(Survey { server: session.server().to_string(), stream, max_payload: session.max_payload() })
@@ -207,9 +207,8 @@ impl Keeper {
         let session = self.publisher.session(shared.slots - 1).map_err(ProbeFailure::Link)?;
         let deadline = || Instant::now() + shared.settings.ack_timeout;
         let mut result = session.probe(deadline(), &mut |_, _| {});
-        if let Err(ProbeFailure::Stream(cause)) = &result
+        if let Err(ProbeFailure::Stream(StreamFault::Missing { .. })) = &result
             && shared.settings.jetstream.create
-            && cause.contains(answer::MISSING)
         {
             result = session.create_stream(deadline());
             if result.is_ok() {
@@ -248,19 +247,19 @@ impl Keeper {
 
     /// A probe failed: says so, and abandons a link that does not even echo.
     fn report(&self, failure: &ProbeFailure) {
-        let cause = failure.cause();
+        let cause = &failure.cause();
         match failure {
             ProbeFailure::Link(_) => {
                 if let Some(link) = self.publisher.state().link.take() {
                     link.down.set(cause);
                 }
-                self.shared().health.set(HealthPart::Nats, Err(cause.to_string()));
+                self.shared().health.set(HealthPart::Nats, Err(cause.clone()));
                 self.shared().metrics.nats_disconnected();
             }
             ProbeFailure::Stream(_) => {
                 // The link echoed, or the stream could not have been judged.
                 self.shared().health.set(HealthPart::Nats, Ok(()));
-                self.shared().health.set(HealthPart::Stream, Err(cause.to_string()));
+                self.shared().health.set(HealthPart::Stream, Err(cause.clone()));
             }
         }
         self.publisher.change(cause, 0, |gate| gate.try_failed(cause, Instant::now(), fastrand::f64()));

@@ -17,7 +17,7 @@ use super::patience::Patience;
 use crate::boottime::Boottime;
 use crate::config;
 use crate::event::Event;
-use crate::nats::answer::{self, Answer, StreamFacts};
+use crate::nats::answer::{self, Answer, StreamFacts, StreamFault};
 
 /// One message on its way to the writer.
 pub struct Outgoing {
@@ -37,7 +37,7 @@ pub enum Heard {
     /// Our own message with this token came back: everything sent before it on this link was processed.
     Echo(u64),
     /// What JetStream says of the stream, asked with this token.
-    Stream(u64, Result<StreamFacts, String>),
+    Stream(u64, Result<StreamFacts, StreamFault>),
     /// The server denied a publish to this subject.
     Denied(String),
     /// The link is gone, and why.
@@ -80,14 +80,15 @@ pub enum ProbeFailure {
     /// Not even our own message came back: the link is stuck or gone.
     Link(String),
     /// The server answers, but the stream cannot take events.
-    Stream(String),
+    Stream(StreamFault),
 }
 
 impl ProbeFailure {
     /// The cause, for the log and `/ready`.
-    pub fn cause(&self) -> &str {
+    pub fn cause(&self) -> String {
         match self {
-            ProbeFailure::Link(cause) | ProbeFailure::Stream(cause) => cause,
+            ProbeFailure::Link(cause) => cause.clone(),
+            ProbeFailure::Stream(fault) => fault.to_string(),
         }
     }
 }
@@ -370,15 +371,14 @@ impl Session {
                 Heard::Denied(subject) if subject == question => {
                     let cause =
                         format!("permission denied to publish to {question}: allow it for this NATS user");
-                    facts = Some(Err(cause));
+                    facts = Some(Err(StreamFault::Unusable(cause)));
                 }
                 Heard::Stream(..) | Heard::Denied(_) => {}
                 Heard::Down(cause) => return Err(ProbeFailure::Link(cause)),
                 Heard::Silence if echoed => {
                     let stream = &self.jetstream.stream_name;
-                    return Err(ProbeFailure::Stream(format!(
-                        "JetStream does not answer for stream {stream}"
-                    )));
+                    let cause = format!("JetStream does not answer for stream {stream}");
+                    return Err(ProbeFailure::Stream(StreamFault::Unusable(cause)));
                 }
                 Heard::Silence => return Err(ProbeFailure::Link("the server does not answer".into())),
             }
