@@ -119,18 +119,7 @@ impl Claimer {
             }
             // A wake-up before the look's snapshot is answered by the look itself.
             woken |= self.doze.wake_ups().try_recv().is_ok();
-            let news = search.take_news();
-            let worked = news.worked;
-            let attempt = match news.failed {
-                Some(error) => Err(error),
-                None if news.in_vain && search.ready.is_empty() => Ok(Attempt::Elsewhere),
-                None => self.attempt(&mut search, mem::take(&mut woken)),
-            };
-            // Whether a claim works is known once it was read.
-            if worked || matches!(attempt, Ok(Attempt::Missed | Attempt::Elsewhere | Attempt::Nothing)) {
-                trouble.over(&self.health);
-            }
-            let rest = match attempt {
+            let rest = match self.attempt_after_news(&mut search, &mut woken, &mut trouble) {
                 Ok(Attempt::Claimed(job)) => {
                     if search.sent(&job, Instant::now()) >= AWAKE_AFTER {
                         self.doze.awake();
@@ -156,12 +145,7 @@ impl Claimer {
                     continue;
                 }
                 Ok(Attempt::Nothing) => self.rest(&mut search),
-                Err(error) => {
-                    search.forget();
-                    self.metrics.claim_failed();
-                    self.metrics.postgres_error();
-                    trouble.again(&error, &self.health)
-                }
+                Err(error) => self.pause_after(&error, &mut search, &mut trouble),
             };
             self.heartbeat.idle();
             select! {
@@ -264,6 +248,35 @@ impl Claimer {
             recv(stop) -> _ => Turn::Stop,
             default(pause) => Turn::Claim,
         }
+    }
+
+    /// Takes in how workers read what they were given, and claims if that speaks for it.
+    fn attempt_after_news(
+        &self,
+        search: &mut Search,
+        woken: &mut bool,
+        trouble: &mut Trouble,
+    ) -> Result<Attempt, StoreError> {
+        let news = search.take_news();
+        let worked = news.worked;
+        let attempt = match news.failed {
+            Some(error) => Err(error),
+            None if news.in_vain && search.ready.is_empty() => Ok(Attempt::Elsewhere),
+            None => self.attempt(search, mem::take(woken)),
+        };
+        // Whether a claim works is known once it was read.
+        if worked || matches!(attempt, Ok(Attempt::Missed | Attempt::Elsewhere | Attempt::Nothing)) {
+            trouble.over(&self.health);
+        }
+        attempt
+    }
+
+    /// A claim failed: nothing that is known of the lanes holds. Returns how long to pause.
+    fn pause_after(&self, error: &StoreError, search: &mut Search, trouble: &mut Trouble) -> Duration {
+        search.forget();
+        self.metrics.claim_failed();
+        self.metrics.postgres_error();
+        trouble.again(error, &self.health)
     }
 
     /// Looks for lanes if that is due, and claims a free worker's share of what is known. When it was `woken` from a rest, it
