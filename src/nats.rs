@@ -1,8 +1,12 @@
-//! Everything between us and NATS, behind one type. Only the files below this one name the `nats` crate.
+//! Everything between us and NATS, behind one type: the connection, what the stream is, what an answer means, and whether
+//! claims may be made now.
 //!
-//! [`Publisher`] is what the service's threads share: the present link, the stream's facts, and the gate (see
-//! `nats/breaker.rs`) that an outage closes. Workers publish through a [`Session`] on the present link; the [`Keeper`]
-//! thread makes links, probes them, and opens the gate again.
+//! Owns the threads `nats` (the [`Keeper`], which makes links, probes them, and opens the gate again), `nats-dial` (one attempt
+//! to connect), and for each link `nats-writer` and, over TLS, `nats-tls`. Only the files below this one name the `nats` crate
+//! and `nkeys`. It may name the boards that operators see, the configuration and an event; it never names the database,
+//! claims or workers, which come to it. [`Publisher`] is what the service's threads share: the present link, the stream's facts,
+//! and the gate (see `nats/breaker.rs`) that an outage closes. Workers publish through a [`Session`] on the present link. Each
+//! wait for NATS has a deadline, but for what the crate does on the writer's and the dial's own threads.
 
 pub mod answer;
 pub mod breaker;
