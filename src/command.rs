@@ -2,6 +2,7 @@
 //! `main.rs` turns into an exit code; none of them exits by itself.
 
 pub mod check;
+pub mod connect;
 pub mod dead;
 pub mod filter;
 pub mod generate;

@@ -8,13 +8,11 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use super::connect;
 use super::terminal::harmless;
 use crate::config::{Config, JetStream, Storage};
-use crate::nats::Publisher;
 use crate::nats::answer::{Keeping, StreamFacts, StreamFault};
 use crate::nats::preflight::{self, Finding, Needs};
-use crate::ops::health::Health;
-use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimSettings, Sessions, Store};
 
 /// Checks everything and prints one line each. True when all is ready.
@@ -99,7 +97,7 @@ fn check_database(config: &Config, report: &mut CheckReport) {
 
 fn check_nats(config: &Config, report: &mut CheckReport) {
     let instance = &config.dispatcher.instance_id;
-    let (_, keeper) = Publisher::new(config.nats.clone(), instance, 1, Health::default(), Metrics::new());
+    let (_, keeper) = connect::publisher(&config.nats, instance);
     let survey = match keeper.survey() {
         Ok(survey) => survey,
         Err(error) => {

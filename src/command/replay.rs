@@ -19,6 +19,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Serialize;
 
+use super::connect;
 use super::options::{ChangeOptions, Format, Mode, print_json_line};
 use super::signals::stop_flag;
 use super::terminal::agreed;
@@ -28,8 +29,6 @@ use crate::config::live::{Live, Settings};
 use crate::event::retry::Policy;
 use crate::event::topic_map;
 use crate::event::{Event, Outcome};
-use crate::nats::Publisher;
-use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::{ClaimSettings, FoundEvent, FoundPublished, Selection, Store};
 use crate::publish::{Memory, Protocol, Publish};
@@ -185,8 +184,7 @@ impl Sender {
         settings.policy = Policy { max_attempts: 1, ..settings.policy };
         settings.dead_letter_subject = None;
         let instance = format!("{}-replay", config.dispatcher.instance_id);
-        let (publisher, _) =
-            Publisher::new(config.nats.clone(), &instance, 1, Health::default(), Metrics::new());
+        let (publisher, _) = connect::publisher(&config.nats, &instance);
         let publish = Publish {
             publisher,
             live: Live::new(settings),
@@ -211,8 +209,7 @@ impl Sender {
     }
 
     fn connect(&mut self) -> Result<()> {
-        let (publisher, keeper) =
-            Publisher::new(self.nats.clone(), &self.instance, 1, Health::default(), Metrics::new());
+        let (publisher, keeper) = connect::publisher(&self.nats, &self.instance);
         keeper.survey()?.stream.map_err(|cause| anyhow!(cause))?;
         self.publish.publisher = publisher;
         Ok(())

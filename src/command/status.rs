@@ -12,14 +12,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::connect;
 use super::options::Format;
 use super::terminal::printable;
 use crate::config::{Config, OnDead};
 use crate::lane::LANES;
-use crate::nats::Publisher;
 use crate::nats::answer::StreamState;
-use crate::ops::health::Health;
-use crate::ops::metrics::Metrics;
 use crate::postgres::{
     BlockedKey, ClaimSettings, Instance, OpenTransaction, Partition, PartitionState, Store, StoreError, Topic,
 };
@@ -186,7 +184,7 @@ fn known<T>(what: &str, result: Result<T, StoreError>, problems: &mut Vec<String
 /// The stream; `Ok(None)` over core NATS.
 fn survey(config: &Config) -> Result<Option<StreamStatus>, String> {
     let instance = format!("{}-status", config.dispatcher.instance_id);
-    let (_, keeper) = Publisher::new(config.nats.clone(), &instance, 1, Health::default(), Metrics::new());
+    let (_, keeper) = connect::publisher(&config.nats, &instance);
     let survey = keeper.survey().map_err(|error| format!("nats: {error:#}"))?;
     if !config.nats.jetstream.enabled {
         return Ok(None);

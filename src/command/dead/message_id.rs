@@ -9,10 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
 
+use crate::command::connect;
 use crate::config::Config;
-use crate::nats::Publisher;
-use crate::ops::health::Health;
-use crate::ops::metrics::Metrics;
 use crate::postgres::Letter;
 use crate::publish;
 
@@ -87,7 +85,7 @@ fn warning(suspects: &[(DuplicateCause, f64)], window: Duration, stream: &str) -
 /// The stream's duplicate window, or why it is not known.
 fn duplicate_window(config: &Config) -> Result<Duration, String> {
     let instance = format!("{}-dead", config.dispatcher.instance_id);
-    let (_, keeper) = Publisher::new(config.nats.clone(), &instance, 1, Health::default(), Metrics::new());
+    let (_, keeper) = connect::publisher(&config.nats, &instance);
     let survey = keeper.survey().map_err(|error| format!("{error:#}"))?;
     let facts = survey.stream.map_err(|fault| fault.to_string())?;
     Ok(Duration::from_nanos(facts.keeping.duplicate_window_ns))
