@@ -201,11 +201,12 @@ fn survey(config: &Config) -> Result<Option<StreamStatus>, String> {
 fn screen(status: &StatusReport) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.
-    let _ = print(status, &mut text);
+    let _ = lines(status, &mut text).and_then(|()| tables(status, &mut text));
     text
 }
 
-fn print(status: &StatusReport, out: &mut String) -> std::fmt::Result {
+/// The problems, and a line for each thing.
+fn lines(status: &StatusReport, out: &mut String) -> std::fmt::Result {
     for problem in &status.problems {
         writeln!(out, "FAIL  {problem}")?;
     }
@@ -248,6 +249,11 @@ fn print(status: &StatusReport, out: &mut String) -> std::fmt::Result {
             "partitions  {count}, for {days:.0} days ahead; {old} older than the retention; {rows} rows in DEFAULT"
         )?;
     }
+    Ok(())
+}
+
+/// What there are several of, each kind with a heading; a kind without any is left out.
+fn tables(status: &StatusReport, out: &mut String) -> std::fmt::Result {
     if !status.instances.is_empty() {
         writeln!(out, "\n{:32}  {:>11}  {:>5}  {:>5}", "INSTANCE", "CONNECTIONS", "OPEN", "LANES")?;
     }
