@@ -1,5 +1,10 @@
-//! The commands of the program, one file each. Every one takes plain arguments and returns a result that
-//! `main.rs` turns into an exit code; none of them exits by itself.
+//! The commands of the daemon's program, one file a subcommand, with what it prints.
+//!
+//! Each runs on the main thread, takes plain arguments (the command line's flags are read above) and returns a result that
+//! becomes an exit code; none ends the process by itself, but for a second Ctrl-C. `run` is the daemon, whose threads the
+//! service starts; every other command works beside any number of daemons, over connections of its own. They may name
+//! every floor below, and of their own folder what stands below them all: `connect`, `filter`, `options`, `signals` and
+//! `terminal`. They never name each other, write no SQL, and print nothing of an event that could steer a terminal.
 
 pub mod check;
 pub mod connect;
