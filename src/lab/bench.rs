@@ -20,6 +20,7 @@ mod process;
 mod report;
 mod run;
 mod testbed;
+mod threads;
 mod writers;
 
 use anyhow::Result;

@@ -6,10 +6,11 @@
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::run::go_on;
 use super::testbed::Outbox;
+use super::threads::join_all;
 use crate::postgres::Plain;
 
 /// Sessions that load events, and how many events each inserts at a time.
@@ -96,13 +97,7 @@ pub(super) fn load(stop: &AtomicBool, outbox: &Outbox, sql: &str, count: u64) ->
     };
     thread::scope(|scope| {
         let loaders: Vec<_> = (0..LOADERS).map(|_| scope.spawn(load_some)).collect();
-        for loader in loaders {
-            match loader.join() {
-                Ok(loaded) => loaded?,
-                Err(_) => bail!("a session that loads panicked"),
-            }
-        }
-        Ok(())
+        join_all(loaders).map(drop)
     })
 }
 

@@ -9,12 +9,13 @@
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use super::events::{INSERT_PREPARED, KeyDistribution, empty, prepare};
 use super::run::BenchRun;
 use super::testbed::{Outbox, Statements};
+use super::threads::join_all;
 use crate::lab::daemon::Daemon;
 use crate::lab::numbers::percentile;
 use crate::nats::reader::StreamReader;
@@ -113,15 +114,9 @@ impl Load {
                     scope.spawn(move || self.keep_to(turns, began, per_second, session))
                 })
                 .collect();
-            let mut committed = Vec::new();
-            for thread in threads {
-                match thread.join() {
-                    Ok(times) => committed.extend(times?),
-                    Err(_) => bail!("a writer panicked"),
-                }
-            }
-            Ok(committed)
-        })?;
+            join_all(threads)
+        })?
+        .concat();
         committed.sort_unstable();
         let events = usize::try_from(self.events).context("so many events")?;
         Ok(committed.into_iter().flat_map(|(_, at)| std::iter::repeat_n(at, events)).collect())

@@ -7,11 +7,12 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 
 use super::events::{KeyDistribution, empty, insert_sql, load};
 use super::run::BenchRun;
 use super::testbed::Outbox;
+use super::threads::join_all;
 use crate::config::{Database, PreparedStatements};
 use crate::event::headers::HeaderPolicy;
 use crate::event::{Event, Outcome};
@@ -101,16 +102,9 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
     let events = thread::scope(|scope| {
         let threads: Vec<_> =
             shares.iter().map(|lanes| scope.spawn(|| claim_all(&store, lanes, batch))).collect();
-        let mut events = Vec::new();
-        for thread in threads {
-            match thread.join() {
-                Ok(claimed) => events.extend(claimed?),
-                Err(_) => bail!("a thread panicked"),
-            }
-        }
-        Ok(events)
+        join_all(threads)
     })?;
-    Ok((began.elapsed(), events))
+    Ok((began.elapsed(), events.into_iter().flatten().collect()))
 }
 
 /// Claims and settles these lanes to their ends, from cursors, as nobody else does.

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use rustix::process::Signal;
 
 use super::events::{KeyDistribution, empty, insert_sql};
 use super::run::BenchRun;
 use super::testbed::{Outbox, Statements};
+use super::threads::join_all;
 use crate::nats::streams::Batches;
 use crate::postgres::Plain;
 
@@ -137,12 +138,7 @@ fn insert_all(outbox: &Outbox, lasts: Duration) -> Result<f64> {
         sleep(lasts);
         let rate = (next.load(Ordering::Relaxed) - first) as f64 / began.elapsed().as_secs_f64();
         stop.store(true, Ordering::Relaxed);
-        for thread in threads {
-            match thread.join() {
-                Ok(written) => written?,
-                Err(_) => bail!("a writer panicked"),
-            }
-        }
+        join_all(threads)?;
         Ok(rate)
     })
 }
