@@ -33,6 +33,7 @@ mod page;
 mod partitions;
 mod pooler;
 mod postgres_tls;
+mod readme;
 mod rejections;
 mod reload;
 mod replay;
