@@ -14,8 +14,9 @@
 //!
 //! # The map
 //!
-//! From the top floor down. A file names files of its own folder and of floors below, never above, and no two files name
-//! each other; `tests/architecture.rs` keeps that.
+//! From the top floor down. A file names files of its own folder and of floors below, never above, nor of another folder
+//! on its floor. No files name each other in a circle, but for a face and the files of its folder.
+//! `tests/architecture.rs` keeps all that.
 //!
 //! | floor | | owns |
 //! |---|---|---|
@@ -31,7 +32,7 @@
 //! | 2 | [`config`] | what is written to what it means, and what a reload changes |
 //! | 1 | [`event`] | plain data and pure decisions about one event |
 //! | 1 | [`lane`] | plain data and pure decisions about lanes |
-//! | 1 | [`tls`], [`boottime`], [`failpoint`](mod@failpoint) | what several floors stand on |
+//! | 0 | [`tls`], [`boottime`], [`failpoint`](mod@failpoint) | what several floors stand on |
 
 pub mod cli;
 pub mod lab;

@@ -1,67 +1,14 @@
-//! The rules of the code that a test can keep: which crate is named where, and what no file may hold.
+//! The rules of the code that a test can keep: which file and which crate is named where, and what no file may hold.
 //!
-//! It reads the files of the repository as text. Test code within `src` is left out where a rule is about the
-//! program: everything from a file's `#[cfg(test)]` on, and files that are called `tests.rs`.
+//! `source` reads and parses the files, `names` says what each of them names, and `arrows` what it may name; `planted`
+//! tries that on lines that break it. The rules in this file look for words in lines.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod arrows;
+mod names;
+mod planted;
+pub mod source;
 
-/// A file of the repository.
-struct Source {
-    /// Path from the root: `src/postgres.rs`.
-    path: String,
-    text: String,
-}
-
-impl Source {
-    /// The text without its tests.
-    fn program(&self) -> &str {
-        if self.path.ends_with("/tests.rs") {
-            return "";
-        }
-        self.text.split("#[cfg(test)]").next().unwrap_or_default()
-    }
-
-    /// The program's lines that are no comments, with their numbers.
-    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
-        self.program()
-            .lines()
-            .enumerate()
-            .map(|(index, line)| (index + 1, line))
-            .filter(|(_, line)| !line.trim_start().starts_with("//"))
-    }
-
-    fn is_below(&self, place: &str) -> bool {
-        self.path == place || self.path.starts_with(place.strip_suffix(".rs").unwrap_or(place))
-    }
-}
-
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Every Rust file below `folder`.
-fn sources(folder: &str) -> Vec<Source> {
-    let mut found = Vec::new();
-    let mut folders = vec![root().join(folder)];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                found.push(source(&path));
-            }
-        }
-    }
-    assert!(found.len() > 5, "{folder} has its files");
-    found
-}
-
-fn source(path: &PathBuf) -> Source {
-    let text = fs::read_to_string(path).unwrap();
-    Source { path: path.strip_prefix(root()).unwrap().to_string_lossy().into_owned(), text }
-}
+use source::{Source, assert_none, sources};
 
 /// Lines of the program that `breaks` calls out, as `path:line: text`.
 fn lines_that(breaks: impl Fn(&Source, &str) -> bool) -> Vec<String> {
@@ -73,43 +20,6 @@ fn lines_that(breaks: impl Fn(&Source, &str) -> bool) -> Vec<String> {
         }
     }
     found
-}
-
-#[track_caller]
-pub fn assert_none(found: &[String], rule: &str) {
-    assert!(found.is_empty(), "{rule}:\n{}", found.join("\n"));
-}
-
-/// Whether `line`, as rustfmt writes it, has a path that begins with the crate `name`: `name::`, or `use name`.
-fn names_crate(line: &str, name: &str) -> bool {
-    let line = line.trim_start();
-    let path = format!("{name}::");
-    let in_a_path = line.match_indices(&path).any(|(at, _)| {
-        // `::nats::` is the crate, `config::nats::` and `my_nats::` are not.
-        let before = line[..at].strip_suffix("::").unwrap_or(&line[..at]);
-        !before.ends_with(|c: char| c.is_alphanumeric() || c == '_')
-    });
-    in_a_path || line == format!("use {name};") || line.starts_with(&format!("use {name} as "))
-}
-
-#[test]
-fn each_outside_crate_of_the_core_is_named_in_one_place() {
-    let homes = [
-        ("nats", "src/nats.rs"),
-        ("postgres", "src/postgres.rs"),
-        ("r2d2", "src/postgres.rs"),
-        ("tokio_postgres_rustls", "src/postgres.rs"),
-        ("rustls", "src/tls.rs"),
-        ("rustls_native_certs", "src/tls.rs"),
-        ("tiny_http", "src/ops/http.rs"),
-        ("prometheus", "src/ops/metrics.rs"),
-    ];
-    for (name, home) in homes {
-        let named = lines_that(|file, line| file.is_below(home) && names_crate(line, name));
-        assert!(!named.is_empty(), "{name} is not even named in {home}: is this test blind?");
-        let elsewhere = lines_that(|file, line| !file.is_below(home) && names_crate(line, name));
-        assert_none(&elsewhere, &format!("{name} is named outside {home}"));
-    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::fs;
 use pg_outbox::ops::metrics::Metrics;
 use serde_yaml::Value;
 
-use crate::architecture::{assert_none, root};
+use crate::architecture::source::{assert_none, root};
 
 fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
