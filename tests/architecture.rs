@@ -1,11 +1,14 @@
-//! The rules of the code that a test can keep: which file and which crate is named where, and what no file may hold.
+//! The rules of the code that a test can keep: which file and which crate is named where, how long a file and a function
+//! may be, and what no file may hold.
 //!
 //! `source` reads and parses the files, `names` says what each of them names, and `arrows` what it may name; `planted`
-//! tries that on lines that break it. The rules in this file look for words in lines.
+//! tries that on lines that break it. `size` measures files and functions, and finds names of several types. The rules
+//! in this file look for words in lines.
 
 mod arrows;
 mod names;
 mod planted;
+mod size;
 pub mod source;
 
 use source::{Source, assert_none, sources};

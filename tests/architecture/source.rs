@@ -15,6 +15,8 @@ pub struct Source {
     pub path: String,
     pub text: String,
     pub parsed: syn::File,
+    /// How many lines the program has in it.
+    pub lines: usize,
     /// The text, with the lines of tests empty.
     program: String,
 }
@@ -25,16 +27,17 @@ impl Source {
         let mut tests = TestItems::default();
         tests.visit_file(&parsed);
         let is_test = |number: usize| tests.0.iter().any(|(first, last)| (first..=last).contains(&&number));
-        let mut program = String::new();
+        let (mut program, mut lines) = (String::new(), 0);
         if !path.ends_with("/tests.rs") {
             for (index, line) in text.lines().enumerate() {
                 if !is_test(index + 1) {
                     program.push_str(line);
+                    lines += 1;
                 }
                 program.push('\n');
             }
         }
-        Source { path: path.to_owned(), text: text.to_owned(), parsed, program }
+        Source { path: path.to_owned(), text: text.to_owned(), parsed, lines, program }
     }
 
     /// The text without its tests; lines keep their numbers.
