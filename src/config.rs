@@ -8,7 +8,8 @@
 //! and occur in no message.
 //!
 //! A section's keys, their defaults and ranges are in `dispatcher.rs`, `database.rs`, `nats.rs` and `service.rs`, their
-//! mutual limits in `checks.rs`, what a reload may change in `changes.rs` and `live.rs`. Below, `yaml.rs` turns text into
+//! mutual limits in `checks.rs`; a key is declared once (`key.rs`, `section.rs`), and that says too what a reload does with it
+//! (`changes.rs`, `live.rs`). Below, `yaml.rs` turns text into
 //! nodes that know their lines, `reading.rs` takes the keys out and gathers the problems, `values.rs` says what each kind
 //! of value may be, `secrets.rs` reads the ones that stand elsewhere, `faults.rs` is what can be wrong.
 
@@ -17,6 +18,7 @@ mod checks;
 mod database;
 mod dispatcher;
 mod faults;
+mod key;
 pub mod live;
 mod nats;
 mod nats_urls;
@@ -37,6 +39,7 @@ pub use changes::Changes;
 pub use database::{Database, DsnParts, PreparedStatements};
 pub use dispatcher::{Dispatcher, OnDead, Ordering};
 pub use faults::ConfigError;
+pub use key::{KeyFacts, Reload};
 pub use nats::{JetStream, Nats, NatsAuth, NatsTls, Storage};
 use reading::ConfigReading;
 use secrets::Credentials;
@@ -108,17 +111,31 @@ impl Config {
     fn read(reading: &mut ConfigReading<'_>, node: &yaml::Node) -> Config {
         let root = reading.root(node);
         let config = Config {
-            dispatcher: dispatcher::dispatcher(reading, &root),
-            ordering: dispatcher::ordering(reading, &root),
-            database: database::database(reading, &root),
-            nats: nats::nats(reading, &root),
-            partitions: service::partitions(reading, &root),
-            logging: service::logging(reading, &root),
-            metrics: service::metrics(reading, &root),
+            dispatcher: Dispatcher::read_keys(&reading.section(&root, "dispatcher"), reading),
+            ordering: Ordering::read_keys(&reading.section(&root, "ordering"), reading),
+            database: Database::read(&reading.section(&root, "database"), reading),
+            nats: Nats::read(&reading.section(&root, "nats"), reading),
+            partitions: Partitions::read_keys(&reading.section(&root, "partitions"), reading),
+            logging: Logging::read_keys(&reading.section(&root, "logging"), reading),
+            metrics: Metrics::read_keys(&reading.section(&root, "metrics"), reading),
         };
         reading.check_keys(node);
         checks::check_together(reading, &config);
         config
+    }
+
+    /// Takes over from `new` what can change while running, and says what differs.
+    pub fn take_live(&mut self, new: &Config) -> Changes {
+        let mut changes = Changes::default();
+        let Config { dispatcher, ordering, database, nats, partitions, logging, metrics } = self;
+        dispatcher.take_keys(&new.dispatcher, &mut changes);
+        ordering.take_keys(&new.ordering, &mut changes);
+        database.take_live(&new.database, &mut changes);
+        nats.take_live(&new.nats, &mut changes);
+        partitions.take_keys(&new.partitions, &mut changes);
+        logging.take_keys(&new.logging, &mut changes);
+        metrics.take_keys(&new.metrics, &mut changes);
+        changes
     }
 
     /// The longest that a claim works, its own dues to the database left out: it sends, waits for the last ack, and may
@@ -137,6 +154,14 @@ impl Config {
     pub fn sent_again_within(&self) -> Duration {
         self.idle_in_transaction_timeout() + self.dispatcher.fallback_interval + self.dispatcher.claim_budget
     }
+}
+
+/// Every key there is, in the order in which they are read.
+pub fn keys() -> Vec<KeyFacts> {
+    let nothing = yaml::Node { id: 0, value: yaml::Value::Null };
+    let mut reading = ConfigReading::new(&|_| None, Credentials::of("", |_| None));
+    Config::read(&mut reading, &nothing);
+    reading.keys().to_vec()
 }
 
 #[cfg(test)]

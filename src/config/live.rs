@@ -3,7 +3,7 @@
 //!
 //! Plain data behind one lock that is held for a copy of a pointer. A claim works with what it took when it
 //! began, to its end: its events are never split over two topic maps. Everything else of the configuration
-//! is fixed at start; `changes.rs` says which is which.
+//! is fixed at start; the declarations of the keys say which is which.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

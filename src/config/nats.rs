@@ -7,14 +7,16 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::changes::Changes;
 use super::faults::Faults;
+use super::key::{Reload, key, optional};
 use super::nats_urls::{NatsUrls, UrlLogin, nats_urls};
 use super::reading::{ConfigReading, Section};
 use super::secrets::Secret;
-use super::section::Keys;
+use super::section::section;
 use super::values::{
-    DAY, HOUR, MINUTE, MS, SECOND, boolean, checked_texts, count, duration, file, name, one_of, quoted,
-    secret, shown, text, up_to, user,
+    DAY, HOUR, MINUTE, MS, SECOND, any_text, boolean, checked_by, checked_texts, count, duration, elsewhere,
+    file, name, one_of, quoted, secret, shown, text, up_to,
 };
 use super::yaml::{Node, Value};
 use crate::event::header_rules;
@@ -24,35 +26,58 @@ use crate::tls::{Check, Roots, Tls};
 /// nats-server's own limit (JSMaxNameLen).
 const MAX_STREAM_NAME: usize = 255;
 
-/// How NATS is reached, and what events become there.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Nats {
-    /// Servers, at least one: `nats://host:4222` or `tls://host:4222`, the port optional, without userinfo (that
-    /// is in `auth`). Written as `url`: one, several with commas between, or a list. Default nats://localhost:4222.
-    pub servers: Vec<String>,
-    /// Credentials, from the URL's userinfo or their own keys.
-    pub auth: NatsAuth,
-    /// `tls`: whose certificates count, and our own. With any of it, and with `tls://`, TLS is a must; else it is
-    /// used with servers that insist. Default: the system's CA certificates, none of our own.
-    pub tls: NatsTls,
-    /// First tokens of the subjects on which answers come to us. Default _INBOX.
-    pub inbox_prefix: String,
-    /// Connection attempts at start, 1 to 1,000,000, then exit 1. Once up, it reconnects for ever. Default 5.
-    pub max_retries: u32,
-    /// Wait between them, 10ms to 1h. Default 2s.
-    pub retry_delay: Duration,
-    /// Longest wait for one connection attempt, 10ms to 10m. Default 5s.
-    pub connect_timeout: Duration,
-    /// Longest wait for an ack, 10ms to 10m. Default 5s.
-    pub ack_timeout: Duration,
-    /// `Nats-*` headers that metadata may set, in exactly this spelling. Default none.
-    pub allow_headers: Vec<String>,
-    /// Subject on which dead letters are announced. Default none: they are not.
-    pub dead_letter_subject: Option<String>,
-    /// The stream.
-    pub jetstream: JetStream,
-    /// Topics to subjects.
-    pub topic_map: TopicMap,
+section! {
+    /// How NATS is reached, and what events become there.
+    pub struct Nats = "nats" {
+        /// First tokens of the subjects on which answers come to us.
+        pub inbox_prefix: String = key("_INBOX".to_owned(), checked_by(inbox_prefix)),
+        /// Connection attempts at start, then exit 1. Once up, it reconnects for ever.
+        pub max_retries: u32 = key(5, count(1..=1_000_000)),
+        /// Wait between them.
+        pub retry_delay: Duration = key(2 * SECOND, duration(up_to(HOUR))),
+        /// Longest wait for one connection attempt.
+        pub connect_timeout: Duration = key(5 * SECOND, duration(up_to(10 * MINUTE))),
+        /// Longest wait for an ack.
+        pub ack_timeout: Duration = key(5 * SECOND, duration(up_to(10 * MINUTE))),
+        /// `Nats-*` headers that metadata may set, in exactly this spelling.
+        pub allow_headers: Vec<String> = key(Vec::new(), checked_by(allowed_headers)).live(),
+        /// Subject on which dead letters are announced. Default: they are not.
+        pub dead_letter_subject: Option<String> = optional(checked_by(dead_letter_subject)).live(),
+        /// Topics to subjects.
+        pub topic_map: TopicMap = key(TopicMap::default(), checked_by(topics)).live(),
+    }
+    with {
+        /// Servers, at least one: `nats://host:4222` or `tls://host:4222`, the port optional, without userinfo (that
+        /// is in `auth`). Written as `url`: one, several with commas between, or a list. Default nats://localhost:4222.
+        pub servers: Vec<String>,
+        /// Credentials, from the URL's userinfo or their own keys.
+        pub auth: NatsAuth,
+        /// `tls`: whose certificates count, and our own. With any of it, and with `tls://`, TLS is a must; else it is
+        /// used with servers that insist. Default: the system's CA certificates, none of our own.
+        pub tls: NatsTls,
+        /// The stream.
+        pub jetstream: JetStream,
+    }
+}
+
+impl Nats {
+    pub(super) fn read(section: &Section<'_>, reading: &mut ConfigReading<'_>) -> Nats {
+        let jetstream = JetStream::read_keys(&reading.section(section, "jetstream"), reading);
+        let tls = NatsTls::read(&reading.section(section, "tls"), reading);
+        let localhost = NatsUrls { servers: vec!["nats://localhost:4222".to_owned()], login: None };
+        let url = key(localhost, elsewhere(checked_by(nats_urls))).variable("NATS_URL");
+        let url = reading.value(section, "url", url);
+        let auth = Logins::read(url.login, section, reading).choose(reading);
+        Nats::read_keys(section, reading, url.servers, auth, tls, jetstream)
+    }
+
+    pub(super) fn take_live(&mut self, new: &Nats, changes: &mut Changes) {
+        changes.compare("nats.url", Reload::NeedsRestart, &mut self.servers, &new.servers);
+        changes.compare("nats credentials", Reload::NeedsRestart, &mut self.auth, &new.auth);
+        self.take_keys(new, changes);
+        self.tls.take_keys(&new.tls, changes);
+        self.jetstream.take_keys(&new.jetstream, changes);
+    }
 }
 
 /// How we authenticate to NATS.
@@ -70,18 +95,29 @@ pub enum NatsAuth {
     CredentialsFile(PathBuf),
 }
 
-/// TLS to NATS; files in PEM.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NatsTls {
-    /// CA certificates that a server's must lead to. Default: the system's.
-    pub ca: Option<PathBuf>,
-    /// Our certificate, for servers that ask; only together with its key.
-    pub cert: Option<PathBuf>,
-    /// Its key.
-    pub key: Option<PathBuf>,
+section! {
+    /// TLS to NATS; files in PEM.
+    #[derive(Default)]
+    pub struct NatsTls = "nats.tls" {
+        /// CA certificates that a server's must lead to. Default: the system's.
+        pub ca: Option<PathBuf> = optional(file()),
+        /// Our certificate, for servers that ask; only together with its key.
+        pub cert: Option<PathBuf> = optional(file()),
+        /// Its key.
+        pub key: Option<PathBuf> = optional(file()),
+    }
 }
 
 impl NatsTls {
+    fn read(section: &Section<'_>, reading: &mut ConfigReading<'_>) -> NatsTls {
+        let tls = NatsTls::read_keys(section, reading);
+        if tls.cert.is_some() != tls.key.is_some() {
+            let text = "nats.tls.cert and nats.tls.key go together; one of them is missing";
+            reading.clash(&["nats.tls.cert", "nats.tls.key"], text.to_owned());
+        }
+        tls
+    }
+
     /// Whether anything of it is written.
     pub fn is_given(&self) -> bool {
         *self != NatsTls::default()
@@ -97,25 +133,29 @@ impl NatsTls {
     }
 }
 
-/// The stream, and how to create it. What follows `create` has no effect without `create`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct JetStream {
-    /// false: core NATS. Default true.
-    pub enabled: bool,
-    /// The stream every event must land in: no blank and none of `. * > / \`. Default EVENTS.
-    pub stream_name: String,
-    /// Send long runs of one key as atomic batches where the stream takes them. Default true.
-    pub atomic_batches: bool,
-    /// Create the stream when it is missing. Default false.
-    pub create: bool,
-    /// Subjects of a stream we create, wildcards allowed. Required with `create`. Default none.
-    pub subjects: Vec<String>,
-    /// Storage of a stream we create. Default file.
-    pub storage: Storage,
-    /// Replicas of a stream we create, 1 to 5. Default 1.
-    pub replicas: u32,
-    /// Duplicate window of a stream we create, 100ms to 30days. Default 2m.
-    pub duplicate_window: Duration,
+section! {
+    /// The stream, and how to create it. What follows `create` has no effect without `create`.
+    pub struct JetStream = "nats.jetstream" {
+        /// false: core NATS.
+        pub enabled: bool = key(true, boolean()),
+        /// The stream every event must land in: no blank and none of `. * > / \`.
+        pub stream_name: String = key("EVENTS".to_owned(), checked_by(stream_name)),
+        /// Send long runs of one key as atomic batches where the stream takes them.
+        pub atomic_batches: bool = key(true, boolean()),
+        /// Create the stream when it is missing.
+        pub create: bool = key(false, boolean()),
+        /// Subjects of a stream we create, wildcards allowed. Required with `create`.
+        pub subjects: Vec<String> = key(Vec::new(), checked_by(subjects)),
+        /// Storage of a stream we create.
+        pub storage: Storage = key(
+            Storage::File,
+            one_of("kind of storage", &[("file", Storage::File), ("memory", Storage::Memory)])
+        ),
+        /// Replicas of a stream we create.
+        pub replicas: u32 = key(1, count(1..=5)),
+        /// Duplicate window of a stream we create.
+        pub duplicate_window: Duration = key(2 * MINUTE, duration(100 * MS..=30 * DAY)),
+    }
 }
 
 /// Where JetStream keeps a stream.
@@ -125,65 +165,6 @@ pub enum Storage {
     File,
     /// In memory.
     Memory,
-}
-
-pub(super) fn nats(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Nats {
-    let section = reading.section(root, "nats");
-    let jetstream = jetstream(reading, &section);
-    let tls = nats_tls(reading, &section);
-    let mut value = Keys { reading, section: &section };
-    let localhost = NatsUrls { servers: vec!["nats://localhost:4222".to_owned()], login: None };
-    let urls = value.secret("url", localhost, nats_urls);
-    let logins = Logins {
-        in_url: urls.login,
-        user: value.secret("user", None, user),
-        password: value.secret("password", None, secret),
-        token: value.secret("token", None, secret),
-        nkey_file: value.path("nkey_file", file),
-        credentials_file: value.path("credentials_file", file),
-    };
-    Nats {
-        servers: urls.servers,
-        tls,
-        inbox_prefix: value.of("inbox_prefix", "_INBOX".to_owned(), inbox_prefix),
-        max_retries: value.of("max_retries", 5, count(1..=1_000_000)),
-        retry_delay: value.of("retry_delay", 2 * SECOND, duration(up_to(HOUR))),
-        connect_timeout: value.of("connect_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
-        ack_timeout: value.of("ack_timeout", 5 * SECOND, duration(up_to(10 * MINUTE))),
-        allow_headers: value.of("allow_headers", Vec::new(), allowed_headers),
-        dead_letter_subject: value.of("dead_letter_subject", None, dead_letter_subject),
-        topic_map: value.of("topic_map", TopicMap::default(), topics),
-        auth: logins.choose(reading),
-        jetstream,
-    }
-}
-
-fn nats_tls(reading: &mut ConfigReading<'_>, nats: &Section<'_>) -> NatsTls {
-    let section = reading.section(nats, "tls");
-    let mut value = Keys { reading, section: &section };
-    let tls =
-        NatsTls { ca: value.path("ca", file), cert: value.path("cert", file), key: value.path("key", file) };
-    if tls.cert.is_some() != tls.key.is_some() {
-        let text = "nats.tls.cert and nats.tls.key go together; one of them is missing";
-        reading.clash(&["nats.tls.cert", "nats.tls.key"], text.to_owned());
-    }
-    tls
-}
-
-fn jetstream(reading: &mut ConfigReading<'_>, nats: &Section<'_>) -> JetStream {
-    let section = reading.section(nats, "jetstream");
-    let mut value = Keys { reading, section: &section };
-    let storage = [("file", Storage::File), ("memory", Storage::Memory)];
-    JetStream {
-        enabled: value.of("enabled", true, boolean),
-        stream_name: value.of("stream_name", "EVENTS".to_owned(), stream_name),
-        atomic_batches: value.of("atomic_batches", true, boolean),
-        create: value.of("create", false, boolean),
-        subjects: value.of("subjects", Vec::new(), subjects),
-        storage: value.of("storage", Storage::File, one_of("kind of storage", &storage)),
-        replicas: value.of("replicas", 1, count(1..=5)),
-        duplicate_window: value.of("duplicate_window", 2 * MINUTE, duration(100 * MS..=30 * DAY)),
-    }
 }
 
 /// The ways to log in to NATS that are written; one is allowed.
@@ -197,6 +178,17 @@ struct Logins {
 }
 
 impl Logins {
+    fn read(in_url: Option<UrlLogin>, section: &Section<'_>, reading: &mut ConfigReading<'_>) -> Logins {
+        Logins {
+            in_url,
+            user: reading.value(section, "user", optional(elsewhere(any_text()))),
+            password: reading.value(section, "password", optional(elsewhere(secret()))),
+            token: reading.value(section, "token", optional(elsewhere(secret()))),
+            nkey_file: reading.value(section, "nkey_file", optional(file())),
+            credentials_file: reading.value(section, "credentials_file", optional(file())),
+        }
+    }
+
     fn choose(self, reading: &mut ConfigReading<'_>) -> NatsAuth {
         let ways = [
             (self.in_url.is_some(), "nats.url"),
@@ -255,8 +247,8 @@ fn inbox_prefix(node: &Node) -> Result<String, String> {
 }
 
 /// `nats.dead_letter_subject`.
-fn dead_letter_subject(node: &Node) -> Result<Option<String>, String> {
-    subject_of_ours(node, &["$", "_INBOX."], "outbox.dead").map(Some)
+fn dead_letter_subject(node: &Node) -> Result<String, String> {
+    subject_of_ours(node, &["$", "_INBOX."], "outbox.dead")
 }
 
 /// A subject that is none of NATS's own, which begin with one of `reserved`.

@@ -1,6 +1,6 @@
 //! The reading of one configuration: takes values out of the tree of nodes, and gathers all problems.
 //!
-//! Whoever reads asks for each key once, with its default and the function that checks it; so the keys that
+//! Whoever reads asks for each key once, with its declaration (`key.rs`); so the keys that
 //! exist are the keys that were asked for, and no list of them can fall behind. A key with a problem yields
 //! its default, so that the reading goes on, and what follows from a problem is not reported as another.
 //! Runs on the thread that loads the configuration; reads no file and changes nothing.
@@ -8,21 +8,14 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
-use super::faults::{ConfigError, Faults, Problem, WrittenAt};
+use super::faults::{ConfigError, Problem, WrittenAt};
+use super::key::{Key, KeyFacts};
 use super::secrets::Credentials;
 use super::values::{name, shown};
 use super::yaml::{self, Node, Value};
 
 /// How many problems are reported. Finding a line reads the text again, and nobody mends more in one go.
 const MAX_PROBLEMS: usize = 100;
-
-/// The keys that the environment overrides. A variable that is set but empty does not.
-const OVERRIDES: [(&str, &str); 4] = [
-    ("database.dsn", "DATABASE_DSN"),
-    ("nats.url", "NATS_URL"),
-    ("dispatcher.instance_id", "DISPATCHER_INSTANCE_ID"),
-    ("logging.level", "LOG_LEVEL"),
-];
 
 /// A key that has a value, not just a default.
 struct Given {
@@ -48,6 +41,7 @@ pub(super) struct ConfigReading<'e> {
     problems: Vec<Problem>,
     /// All keys that exist, sections included, in the order of asking.
     known: Vec<String>,
+    keys: Vec<KeyFacts>,
     sections: HashSet<String>,
     given: HashMap<String, Given>,
 }
@@ -62,6 +56,7 @@ impl<'e> ConfigReading<'e> {
             credentials,
             problems: Vec::new(),
             known: Vec::new(),
+            keys: Vec::new(),
             sections: HashSet::new(),
             given: HashMap::new(),
         }
@@ -99,22 +94,18 @@ impl<'e> ConfigReading<'e> {
         }
     }
 
-    /// The value of `name` in `section`, checked by `parse`; `default` if it is absent, null or wrong.
-    pub(super) fn value<T, E: Into<Faults>>(
-        &mut self,
-        section: &Section<'_>,
-        name: &str,
-        default: T,
-        parse: impl FnOnce(&Node) -> Result<T, E>,
-    ) -> T {
+    /// The value of `name` in `section`; `key`'s default if it is absent, null or wrong.
+    pub(super) fn value<T>(&mut self, section: &Section<'_>, name: &str, key: Key<T>) -> T {
+        let Key { default, kind, reload, variable } = key;
         let key = section.key(name);
         self.known.push(key.clone());
-        let Some((place, node)) = self.find_value(section, name, &key) else { return default };
-        let parsed = parse(&node);
-        self.given.insert(key.clone(), Given { place, good: parsed.is_ok() });
-        let faults = match parsed {
+        self.keys.push(KeyFacts { key: key.clone(), allowed: kind.allowed.clone(), reload });
+        let Some((place, node)) = self.find_value(section, name, variable) else { return default };
+        let read = kind.read(&node, &self.credentials);
+        self.given.insert(key.clone(), Given { place, good: read.is_ok() });
+        let faults = match read {
             Ok(value) => return value,
-            Err(faults) => faults.into(),
+            Err(faults) => faults,
         };
         for fault in faults.0 {
             let place = match (place, fault.node) {
@@ -130,10 +121,8 @@ impl<'e> ConfigReading<'e> {
         &self,
         section: &Section<'n>,
         name: &str,
-        key: &str,
+        variable: Option<&'static str>,
     ) -> Option<(WrittenAt, Cow<'n, Node>)> {
-        let variable =
-            OVERRIDES.iter().find(|(overridden, _)| *overridden == key).map(|(_, variable)| *variable);
         if let Some(variable) = variable
             && let Some(text) = (self.environment)(variable).filter(|text| !text.is_empty())
         {
@@ -146,11 +135,6 @@ impl<'e> ConfigReading<'e> {
             }
             _ => None,
         }
-    }
-
-    /// Where credentials are.
-    pub(super) fn credentials(&self) -> Credentials {
-        self.credentials.clone()
     }
 
     /// True if `key` has a value, right or wrong.
@@ -232,9 +216,8 @@ impl<'e> ConfigReading<'e> {
     }
 
     /// All keys that were asked for, without the sections.
-    #[cfg(test)]
-    pub(super) fn known_keys(&self) -> Vec<String> {
-        self.known.iter().filter(|key| !self.sections.contains(*key)).cloned().collect()
+    pub(super) fn keys(&self) -> &[KeyFacts] {
+        &self.keys
     }
 
     /// All problems, each with its line; `file` and `text` are the file's name and content.

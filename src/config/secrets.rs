@@ -87,17 +87,17 @@ impl Credentials {
 }
 
 /// Parses the value of `node`, or what the file that it names holds.
-pub(super) fn read<T, E: Into<Faults>>(
+pub(super) fn read<T>(
     node: &Node,
     credentials: &Credentials,
-    parse: impl FnOnce(&Node) -> Result<T, E>,
+    parse: impl FnOnce(&Node) -> Result<T, Faults>,
 ) -> Result<T, Faults> {
-    let Some((name, path)) = place(node, credentials)? else { return parse(node).map_err(Into::into) };
+    let Some((name, path)) = place(node, credentials)? else { return parse(node) };
     let node =
         Node { id: node.id, value: Value::Text(content(&path).map_err(|why| format!("{name} {why}"))?) };
     parse(&node).map_err(|faults| {
         // The faults may quote what the file holds: only what is allowed is passed on.
-        let text = faults.into().first_text();
+        let text = faults.first_text();
         let allowed = text.split_once("; ").map_or("", |(_, allowed)| allowed);
         format!("what {name} holds cannot be used here; {allowed}").trim_end_matches("; ").to_owned().into()
     })
@@ -107,10 +107,10 @@ pub(super) fn read<T, E: Into<Faults>>(
 pub(super) fn path(
     node: &Node,
     credentials: &Credentials,
-    parse: impl FnOnce(&Node) -> Result<Option<PathBuf>, String>,
-) -> Result<Option<PathBuf>, Faults> {
+    parse: impl FnOnce(&Node) -> Result<PathBuf, String>,
+) -> Result<PathBuf, Faults> {
     match place(node, credentials)? {
-        Some((_, path)) => Ok(Some(path)),
+        Some((_, path)) => Ok(path),
         None => parse(node).map_err(Into::into),
     }
 }

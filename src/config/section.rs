@@ -1,49 +1,59 @@
-//! The keys of one section of the file, so that the sections read as tables: key, default, what is allowed.
+//! How a section is declared: `section!` makes the struct, its reading and its comparison of one list of keys.
 //!
-//! On the thread that loads the configuration. It decides nothing: `reading.rs` finds the values and gathers the
-//! problems, and `secrets.rs` reads the values that stand elsewhere.
+//! ```text
+//! section! {
+//!     /// How events are claimed and tried.
+//!     pub struct Dispatcher = "dispatcher" {
+//!         /// Events of one claim at most.
+//!         pub batch_size: usize = key(100, count(1..=100_000)).live(),
+//!     }
+//! }
+//! ```
+//!
+//! becomes `pub struct Dispatcher { pub batch_size: usize }`, and beside it `read_keys`, which asks the file for
+//! `batch_size`, and `take_keys`, which a reload compares with. So a key is declared once, and none can be read and not
+//! compared. Fields that are made of several keys, or of a section below, stand in a second list, `with { ... }`: whoever
+//! calls `read_keys` hands them in, and compares them.
 
-use std::path::PathBuf;
+macro_rules! section {
+    (
+        $(#[$about:meta])*
+        pub struct $Section:ident = $path:literal {
+            $($(#[$meaning:meta])* pub $field:ident: $T:ty = $key:expr,)*
+        }
+        $(with { $($(#[$other_meaning:meta])* pub $other:ident: $U:ty,)* })?
+    ) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        pub struct $Section {
+            $(
+                $(#[$meaning])*
+                #[doc = concat!("\n\n`", $path, ".", stringify!($field), "`: `", stringify!($key), "`")]
+                pub $field: $T,
+            )*
+            $($($(#[$other_meaning])* pub $other: $U,)*)?
+        }
 
-use super::faults::Faults;
-use super::reading::{ConfigReading, Section};
-use super::secrets;
-use super::yaml::Node;
+        impl $Section {
+            /// Reads each key of the list, in its order.
+            pub(super) fn read_keys(
+                section: &$crate::config::reading::Section<'_>,
+                reading: &mut $crate::config::reading::ConfigReading<'_>,
+                $($($other: $U,)*)?
+            ) -> $Section {
+                $Section { $($field: reading.value(section, stringify!($field), $key),)* $($($other,)*)? }
+            }
 
-/// The keys of one section, so that the lists above read as tables: key, default, what is allowed.
-pub(super) struct Keys<'r, 'e, 'n> {
-    pub(super) reading: &'r mut ConfigReading<'e>,
-    pub(super) section: &'r Section<'n>,
+            /// Takes over what a reload applies, and notes what differs.
+            pub(super) fn take_keys(&mut self, new: &$Section, changes: &mut $crate::config::changes::Changes) {
+                $(
+                    let key: $crate::config::key::Key<$T> = $key;
+                    let name = concat!($path, ".", stringify!($field));
+                    changes.compare(name, key.reload, &mut self.$field, &new.$field);
+                )*
+            }
+        }
+    };
 }
 
-impl Keys<'_, '_, '_> {
-    pub(super) fn of<T, E: Into<Faults>>(
-        &mut self,
-        name: &str,
-        default: T,
-        parse: impl FnOnce(&Node) -> Result<T, E>,
-    ) -> T {
-        self.reading.value(self.section, name, default, parse)
-    }
-
-    /// The same for a value that may stand elsewhere: in a file, or among systemd's credentials.
-    pub(super) fn secret<T, E: Into<Faults>>(
-        &mut self,
-        name: &str,
-        default: T,
-        parse: impl FnOnce(&Node) -> Result<T, E>,
-    ) -> T {
-        let credentials = self.reading.credentials();
-        self.of(name, default, |node| secrets::read(node, &credentials, parse))
-    }
-
-    /// The same for a file's path, which may be that of a credential.
-    pub(super) fn path(
-        &mut self,
-        name: &str,
-        parse: impl FnOnce(&Node) -> Result<Option<PathBuf>, String>,
-    ) -> Option<PathBuf> {
-        let credentials = self.reading.credentials();
-        self.of(name, None, |node| secrets::path(node, &credentials, parse))
-    }
-}
+pub(super) use section;

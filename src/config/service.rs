@@ -6,31 +6,35 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use super::reading::{ConfigReading, Section};
-use super::section::Keys;
-use super::values::{DAY, boolean, count, duration_or_off, one_of, shown, text};
+use log::LevelFilter::{Debug, Error, Info, Trace, Warn};
+
+use super::key::key;
+use super::section::section;
+use super::values::{DAY, boolean, checked_by, count, duration_or_off, one_of, shown, text};
 use super::yaml::Node;
 
 /// The paths that are taken.
 const OTHER_PATHS: [&str; 7] = ["/", "/status", "/recent", "/health", "/healthz", "/ready", "/readyz"];
 
-/// How the monthly partitions of the outbox are kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Partitions {
-    /// Months after this one that have their partition, 1 to 120. Default 3.
-    pub premake: u32,
-    /// Published events older than this are deleted, whole partitions at a time where possible; 1day to 100years, or
-    /// `None` (written `off`): they are kept for ever. Default 30days.
-    pub retention: Option<Duration>,
+section! {
+    /// How the monthly partitions of the outbox are kept.
+    pub struct Partitions = "partitions" {
+        /// Months after this one that have their partition.
+        pub premake: u32 = key(3, count(1..=120)).live(),
+        /// Published events older than this are deleted, whole partitions at a time where possible; `None` (written
+        /// `off`): they are kept for ever.
+        pub retention: Option<Duration> = key(Some(30 * DAY), duration_or_off(DAY..=36_525 * DAY)).live(),
+    }
 }
 
-/// What is logged.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Logging {
-    /// Level: error, warn, info, debug or trace. Default info.
-    pub level: log::LevelFilter,
-    /// Format: json or text (plain is the same). Default text.
-    pub format: LogFormat,
+section! {
+    /// What is logged.
+    pub struct Logging = "logging" {
+        /// The least that is logged.
+        pub level: log::LevelFilter = key(Info, one_of("level", LEVELS)).variable("LOG_LEVEL").live(),
+        /// How a line looks. `plain` is `text`.
+        pub format: LogFormat = key(LogFormat::Text, one_of("format", FORMATS)),
+    }
 }
 
 /// How a log line looks.
@@ -42,48 +46,23 @@ pub enum LogFormat {
     Text,
 }
 
-/// The HTTP server: probes, metrics, status.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Metrics {
-    /// false: no HTTP server. Default true.
-    pub enabled: bool,
-    /// Address to listen on. Default 0.0.0.0.
-    pub address: IpAddr,
-    /// Port; 0 picks a free one. Default 8080.
-    pub port: u16,
-    /// Path of the metrics; not one of the paths the server has anyway. Default /metrics.
-    pub path: String,
-}
+const LEVELS: &[(&str, log::LevelFilter)] =
+    &[("error", Error), ("warn", Warn), ("info", Info), ("debug", Debug), ("trace", Trace)];
 
-pub(super) fn partitions(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Partitions {
-    let section = reading.section(root, "partitions");
-    let mut value = Keys { reading, section: &section };
-    Partitions {
-        premake: value.of("premake", 3, count(1..=120)),
-        retention: value.of("retention", Some(30 * DAY), duration_or_off(DAY..=36_525 * DAY)),
-    }
-}
+const FORMATS: &[(&str, LogFormat)] =
+    &[("json", LogFormat::Json), ("text", LogFormat::Text), ("plain", LogFormat::Text)];
 
-pub(super) fn logging(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Logging {
-    use log::LevelFilter::{Debug, Error, Info, Trace, Warn};
-    let section = reading.section(root, "logging");
-    let mut value = Keys { reading, section: &section };
-    let levels = [("error", Error), ("warn", Warn), ("info", Info), ("debug", Debug), ("trace", Trace)];
-    let formats = [("json", LogFormat::Json), ("text", LogFormat::Text), ("plain", LogFormat::Text)];
-    Logging {
-        level: value.of("level", Info, one_of("level", &levels)),
-        format: value.of("format", LogFormat::Text, one_of("format", &formats)),
-    }
-}
-
-pub(super) fn metrics(reading: &mut ConfigReading<'_>, root: &Section<'_>) -> Metrics {
-    let section = reading.section(root, "metrics");
-    let mut value = Keys { reading, section: &section };
-    Metrics {
-        enabled: value.of("enabled", true, boolean),
-        address: value.of("address", IpAddr::V4(Ipv4Addr::UNSPECIFIED), address),
-        port: value.of("port", 8080, count(0..=65_535)),
-        path: value.of("path", "/metrics".to_owned(), metrics_path),
+section! {
+    /// The HTTP server: probes, metrics, status.
+    pub struct Metrics = "metrics" {
+        /// false: no HTTP server.
+        pub enabled: bool = key(true, boolean()),
+        /// Address to listen on.
+        pub address: IpAddr = key(IpAddr::V4(Ipv4Addr::UNSPECIFIED), checked_by(address)),
+        /// Port; 0 picks a free one.
+        pub port: u16 = key(8080, count(0..=65_535)),
+        /// Path of the metrics; not one of the paths the server has anyway.
+        pub path: String = key("/metrics".to_owned(), checked_by(metrics_path)),
     }
 }
 

@@ -105,7 +105,7 @@ fn the_shipped_file_has_every_key() {
     let node = yaml::parse(&uncommented.join("\n")).unwrap();
     let mut reading = ConfigReading::new(&|_| None, Credentials::of("config.yaml", |_| None));
     Config::read(&mut reading, &node);
-    let known: BTreeSet<String> = reading.known_keys().into_iter().collect();
+    let known: BTreeSet<String> = reading.keys().iter().map(|facts| facts.key.clone()).collect();
 
     let mut written = BTreeSet::new();
     collect_keys(&node, "", &known, &mut written);
@@ -268,7 +268,7 @@ fn every_key_changes_live_or_takes_a_restart() {
     let mut reading = ConfigReading::new(&|_| None, Credentials::of("config.yaml", |_| None));
     Config::read(&mut reading, &yaml::parse(EVERY_KEY).unwrap());
     let credentials = ["nats.user", "nats.password", "nats.token", "nats.nkey_file", "nats.credentials_file"];
-    let mut known: BTreeSet<String> = reading.known_keys().into_iter().collect();
+    let mut known: BTreeSet<String> = reading.keys().iter().map(|facts| facts.key.clone()).collect();
     known.retain(|key| !credentials.contains(&key.as_str()));
     known.insert("nats credentials".to_owned());
     let named = first.applied.iter().chain(&first.need_restart).map(ToString::to_string);
