@@ -268,7 +268,7 @@ mod tests {
         let stat = rustix::fs::fstat(&stderr).unwrap();
         let inode = if journal { stat.st_ino } else { stat.st_ino + 1 };
         let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "logging::tests::the_level_is_ours_and_can_change", "--nocapture"])
+            .args(["--exact", THIS_TEST, "--nocapture"])
             .env(ALONE, format)
             .env("JOURNAL_STREAM", format!("{}:{inode}", stat.st_dev))
             .stdout(std::process::Stdio::null())
@@ -279,6 +279,8 @@ mod tests {
     }
 
     const ALONE: &str = "PG_OUTBOX_TEST_ALONE";
+    /// The test below as the test runner calls it, and its thread.
+    const THIS_TEST: &str = "ops::logging::tests::the_level_is_ours_and_can_change";
 
     fn log_alone(format: LogFormat) {
         init(&config::Logging { level: LevelFilter::Info, format }).unwrap();
@@ -302,7 +304,7 @@ mod tests {
             Ok(_) => return log_alone(LogFormat::Json),
             Err(_) => {}
         }
-        let thread = "logging::tests::the_level_is_ours_and_can_change";
+        let thread = THIS_TEST;
         assert_eq!(
             written_alone("text", true),
             format!(
