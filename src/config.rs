@@ -44,7 +44,7 @@ pub use nats::{JetStream, Nats, NatsAuth, NatsTls, Storage};
 use reading::ConfigReading;
 use secrets::Credentials;
 pub use secrets::Secret;
-pub use service::{LogFormat, Logging, Metrics, Partitions};
+pub use service::{HttpEndpoint, LogFormat, Logging, Partitions};
 
 /// The configuration file that is read unless another is named.
 pub const DEFAULT_PATH: &str = "/etc/pg-outbox/config.yaml";
@@ -71,7 +71,7 @@ pub struct Config {
     /// `logging`: what is logged, and how.
     pub logging: Logging,
     /// `metrics`: the HTTP server.
-    pub metrics: Metrics,
+    pub metrics: HttpEndpoint,
 }
 
 impl Config {
@@ -117,7 +117,7 @@ impl Config {
             nats: Nats::read(&reading.section(&root, "nats"), reading),
             partitions: Partitions::read_keys(&reading.section(&root, "partitions"), reading),
             logging: Logging::read_keys(&reading.section(&root, "logging"), reading),
-            metrics: Metrics::read_keys(&reading.section(&root, "metrics"), reading),
+            metrics: HttpEndpoint::read_keys(&reading.section(&root, "metrics"), reading),
         };
         reading.check_keys(node);
         checks::check_together(reading, &config);

@@ -24,7 +24,7 @@ struct Server {
 
 impl Server {
     fn start() -> Server {
-        let config = config::Metrics {
+        let config = config::HttpEndpoint {
             enabled: true,
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 0,
@@ -313,7 +313,7 @@ fn a_stop_is_prompt_with_clients_connected() {
 #[test]
 fn a_taken_address_is_named() {
     let server = Server::start();
-    let config = config::Metrics {
+    let config = config::HttpEndpoint {
         enabled: true,
         address: server.address.ip(),
         port: server.address.port(),

@@ -54,7 +54,7 @@ const FORMATS: &[(&str, LogFormat)] =
 
 section! {
     /// The HTTP server: probes, metrics, status.
-    pub struct Metrics = "metrics" {
+    pub struct HttpEndpoint = "metrics" {
         /// false: no HTTP server.
         pub enabled: bool = key(true, boolean()),
         /// Address to listen on.

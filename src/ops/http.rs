@@ -53,7 +53,7 @@ impl Http {
     /// # Errors
     /// If the address is taken or not ours.
     pub fn bind(
-        config: &config::Metrics,
+        config: &config::HttpEndpoint,
         instance: &str,
         health: Health,
         metrics: Metrics,
