@@ -152,6 +152,11 @@ fn a_file_and_a_function_can_be_read_in_one_go() {
 }
 
 #[test]
+fn one_name_is_the_name_of_one_type() {
+    assert_none(&names_of_several(&sources("src")), "type names that are defined more than once");
+}
+
+#[test]
 fn what_is_too_long_is_found_and_tests_do_not_count() {
     let function = |lines: usize| format!("fn long() {{\n{}}}\n", "    step();\n".repeat(lines - 2));
     let of = |path: &str, text: &str| [Source::new(path, &format!("//! A file.\n{text}"))];
