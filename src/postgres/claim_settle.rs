@@ -59,7 +59,7 @@ impl Claim {
         self.events.is_empty()
     }
 
-    /// The lane of the event that was too large to be read ([`Large::Refused`]) and kept the claim from having any.
+    /// The lane of the event that was too large to be read (`Large::Refused`) and kept the claim from having any.
     pub fn too_large(&self) -> Option<i32> {
         let cut = self.reads.iter().find(|read| read.is_cut());
         cut.filter(|_| self.is_empty()).map(|read| read.lane)
