@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pg_outbox::config::{Database, DsnParts, PreparedStatements, Secret};
+use pg_outbox::config::{Database, DsnParts, Secret};
 use pg_outbox::event::{Event, Outcome};
 use pg_outbox::lane::{ByLane, LANES, by_lane, marks};
 use pg_outbox::postgres::{
@@ -24,18 +24,7 @@ const BEGINNING: ByLane<i64> = by_lane(marks::BEGINNING);
 
 /// How a test configures the database at `dsn`.
 pub fn settings_for(dsn: &str) -> Database {
-    Database {
-        dsn: Secret::new(dsn),
-        parts: DsnParts::default(),
-        schema: None,
-        max_connections: 8,
-        max_idle: 4,
-        connect_timeout: Duration::from_secs(5),
-        listen: true,
-        listen_dsn: None,
-        prepared_statements: PreparedStatements::Auto,
-        synchronous_commit: false,
-    }
+    Database { max_connections: 8, max_idle: 4, ..Database::defaults(Secret::new(dsn), DsnParts::default()) }
 }
 
 fn store_with(db: &TestDb, edit: impl FnOnce(&mut ClaimSettings)) -> Store {

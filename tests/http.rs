@@ -25,10 +25,9 @@ struct Server {
 impl Server {
     fn start() -> Server {
         let config = config::HttpEndpoint {
-            enabled: true,
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 0,
-            path: "/metrics".to_string(),
+            ..config::HttpEndpoint::defaults()
         };
         let (health, metrics) = (Health::new(), Metrics::new());
         let http =
@@ -314,10 +313,9 @@ fn a_stop_is_prompt_with_clients_connected() {
 fn a_taken_address_is_named() {
     let server = Server::start();
     let config = config::HttpEndpoint {
-        enabled: true,
         address: server.address.ip(),
         port: server.address.port(),
-        path: "/metrics".to_string(),
+        ..config::HttpEndpoint::defaults()
     };
     let error =
         Http::bind(&config, "dispatcher-2", Health::new(), Metrics::new(), Waiting::default()).unwrap_err();

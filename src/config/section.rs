@@ -10,10 +10,10 @@
 //! }
 //! ```
 //!
-//! becomes `pub struct Dispatcher { pub batch_size: usize }`, and beside it `read_keys`, which asks the file for
+//! becomes `pub struct Dispatcher { pub batch_size: usize }`, and beside it `defaults`, `read_keys`, which asks the file for
 //! `batch_size`, and `take_keys`, which a reload compares with. So a key is declared once, and none can be read and not
 //! compared. Fields that are made of several keys, or of a section below, stand in a second list, `with { ... }`: whoever
-//! calls `read_keys` hands them in, and compares them.
+//! calls `defaults` or `read_keys` hands them in, and compares them.
 
 macro_rules! section {
     (
@@ -35,6 +35,14 @@ macro_rules! section {
         }
 
         impl $Section {
+            /// What stands when none of its keys is written.
+            pub fn defaults($($($other: $U,)*)?) -> $Section {
+                $Section {
+                    $($field: { let key: $crate::config::key::Key<$T> = $key; key.default },)*
+                    $($($other,)*)?
+                }
+            }
+
             /// Reads each key of the list, in its order.
             pub(super) fn read_keys(
                 section: &$crate::config::reading::Section<'_>,

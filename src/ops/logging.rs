@@ -283,7 +283,7 @@ mod tests {
     const THIS_TEST: &str = "ops::logging::tests::the_level_is_ours_and_can_change";
 
     fn log_alone(format: LogFormat) {
-        init(&config::Logging { level: LevelFilter::Info, format }).unwrap();
+        init(&config::Logging { format, ..config::Logging::defaults() }).unwrap();
         log::info!("info\nof ours");
         log::debug!("debug of ours");
         log::info!(target: "r2d2::pool", "info of theirs");
@@ -294,7 +294,7 @@ mod tests {
         log::debug!(target: "r2d2::pool", "debug of theirs");
         set_level(LevelFilter::Error);
         log::warn!("too low");
-        assert!(init(&config::Logging { level: LevelFilter::Info, format }).is_err());
+        assert!(init(&config::Logging { format, ..config::Logging::defaults() }).is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::events::{KeyDistribution, empty, insert_sql, load};
 use super::run::BenchRun;
 use super::testbed::Outbox;
 use super::threads::join_all;
-use crate::config::{Database, PreparedStatements};
+use crate::config::Database;
 use crate::event::headers::HeaderPolicy;
 use crate::event::{Event, Outcome};
 use crate::lane::{LANES, by_lane, marks};
@@ -77,16 +77,11 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
         max_claim_bytes: 16 << 20,
     };
     let database = Database {
-        dsn: outbox.dsn(),
-        parts: outbox.parts(),
-        schema: None,
         max_connections: u32::try_from(threads.max(2)).unwrap_or(u32::MAX),
         max_idle: u32::try_from(threads).unwrap_or(u32::MAX),
         connect_timeout: Duration::from_secs(10),
         listen: false,
-        listen_dsn: None,
-        prepared_statements: PreparedStatements::Auto,
-        synchronous_commit: false,
+        ..Database::defaults(outbox.dsn(), outbox.parts())
     };
     let store = Store::new(&database, "bench", settings)?;
     // Statements are prepared once a connection.
