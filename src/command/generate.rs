@@ -203,6 +203,20 @@ mod tests {
     }
 
     #[test]
+    fn the_page_states_what_each_key_may_be() {
+        let page = config_page(CONFIG).replace("\\-", "-");
+        for facts in crate::config::keys() {
+            let heading = format!("\n\\fB{}\\fR", facts.key);
+            let about = page.split(&heading).nth(1).unwrap_or_else(|| panic!("{} is missing", facts.key));
+            let about =
+                about.split("\n.TP\n").next().unwrap().split("\n.SH ").next().unwrap().replace('\n', " ");
+            let says =
+                facts.allowed == "true, false" || facts.allowed.split(", ").all(|part| about.contains(part));
+            assert!(says, "{} may be {}:\n{about}", facts.key, facts.allowed);
+        }
+    }
+
+    #[test]
     fn every_key_of_the_shipped_file_is_on_the_page() {
         let page = config_page(CONFIG);
         let keys = CONFIG.lines().map(Line::of).filter(|line| match line {

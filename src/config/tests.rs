@@ -1,12 +1,13 @@
 //! Tables of configurations: what good ones mean, and what is said about broken ones, word for word.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use super::yaml::{Node, Value};
 use super::*;
 
 const SHIPPED: &str = include_str!("../../etc/config.yaml");
+const README: &str = include_str!("../../README.md");
 
 /// A good beginning for texts that are about something else; two lines.
 const DSN: &str = "database:\n  dsn: postgresql://u:hunter2@h/d\n";
@@ -232,7 +233,7 @@ fn every_key_has_its_effect() {
 }
 
 #[test]
-fn every_key_changes_live_or_takes_a_restart() {
+fn a_reload_takes_over_what_is_live_and_names_the_rest() {
     let mut config = parse(DSN).unwrap();
     let new = parse(EVERY_KEY).unwrap();
     let first = config.take_live(&new);
@@ -251,28 +252,178 @@ fn every_key_changes_live_or_takes_a_restart() {
             "logging.level"
         ]
     );
-    for (text, start) in [
-        (include_str!("../../etc/config.yaml"), "# SIGHUP (systemctl reload)"),
-        (include_str!("../../README.md"), "SIGHUP (`systemctl reload pg-outbox`)"),
-    ] {
-        let paragraph = text.split(start).nth(1).unwrap().split("\n\n").next().unwrap();
-        for key in &first.applied {
-            let name = key.rsplit('.').next().unwrap();
-            assert!(paragraph.contains(name), "{key} is not named:\n{paragraph}");
-        }
-    }
     assert_eq!(config.nats.topic_map, new.nats.topic_map);
     assert_eq!(config.dispatcher.workers, 5, "what takes a restart stays as it was");
     assert_eq!(config.take_live(&new), Changes { applied: Vec::new(), ..first.clone() });
+}
 
-    let mut reading = ConfigReading::new(&|_| None, Credentials::of("config.yaml", |_| None));
-    Config::read(&mut reading, &yaml::parse(EVERY_KEY).unwrap());
-    let credentials = ["nats.user", "nats.password", "nats.token", "nats.nkey_file", "nats.credentials_file"];
-    let mut known: BTreeSet<String> = reading.keys().iter().map(|facts| facts.key.clone()).collect();
-    known.retain(|key| !credentials.contains(&key.as_str()));
-    known.insert("nats credentials".to_owned());
-    let named = first.applied.iter().chain(&first.need_restart).map(ToString::to_string);
-    assert_eq!(named.collect::<BTreeSet<_>>(), known);
+/// A configuration in which nothing is written but the connection string and these keys.
+fn with_keys(written: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    let mut root = serde_yaml::Value::from(serde_yaml::Mapping::new());
+    for (key, value) in [("database.dsn", "host=h")].iter().chain(written) {
+        let mut node = &mut root;
+        for name in key.split('.') {
+            if !node.is_mapping() {
+                *node = serde_yaml::Mapping::new().into();
+            }
+            node = node.as_mapping_mut().unwrap().entry(name.into()).or_insert(serde_yaml::Value::Null);
+        }
+        *node = serde_yaml::from_str(value).unwrap();
+    }
+    parse(&serde_yaml::to_string(&root).unwrap())
+}
+
+/// What is written for `key`, and for the key that it cannot be without, so that it is not its default: of these the
+/// first that it takes.
+fn another_value(facts: &KeyFacts, defaults: &Config) -> (Vec<&'static str>, Config) {
+    const PAIRS: [(&str, &str, &str); 5] = [
+        ("nats.user", "nats.password", "other"),
+        ("nats.password", "nats.user", "other"),
+        ("nats.tls.cert", "nats.tls.key", "/other"),
+        ("nats.tls.key", "nats.tls.cert", "/other"),
+        ("nats.jetstream.create", "nats.jetstream.subjects", "other"),
+    ];
+    let key = facts.key.as_str();
+    let pair = PAIRS.iter().find(|(of, ..)| *of == key).map(|(_, other, value)| (*other, *value));
+    let numbers = ["1000", "64", "5", "2", "1h", "10s", "60d", "1GiB", "true", "false"];
+    let texts = ["other", "/other", "::1", "nats://other", "host=other", "Nats-TTL", "{ a: b }"];
+    for value in numbers.into_iter().chain(texts).chain(facts.allowed.split(", ")) {
+        let written: Vec<(&str, &str)> = [(key, value)].into_iter().chain(pair).collect();
+        if let Ok(config) = with_keys(&written)
+            && config != *defaults
+        {
+            return (pair.map(|(other, _)| other).into_iter().collect(), config);
+        }
+    }
+    panic!("{key} takes none of these: give this test a value for it");
+}
+
+#[test]
+fn a_reload_does_with_each_key_what_is_declared() {
+    const LOGINS: [&str; 5] =
+        ["nats.user", "nats.password", "nats.token", "nats.nkey_file", "nats.credentials_file"];
+    let defaults = with_keys(&[]).unwrap();
+    for facts in keys() {
+        let (pair, new) = another_value(&facts, &defaults);
+        let mut running = defaults.clone();
+        let changes = running.take_live(&new);
+        let (named, others, expected) = match facts.reload {
+            Reload::Applies => (changes.applied, changes.need_restart, &new),
+            Reload::NeedsRestart => (changes.need_restart, changes.applied, &defaults),
+        };
+        let named: BTreeSet<&str> = named.into_iter().collect();
+        let known = |key| if LOGINS.contains(&key) { "nats credentials" } else { key };
+        assert_eq!(named, pair.iter().copied().chain([&*facts.key]).map(known).collect(), "{}", facts.key);
+        assert!(others.is_empty(), "{} and {others:?}", facts.key);
+        assert_eq!(running, *expected, "{}", facts.key);
+    }
+}
+
+/// The keys of the shipped file with the comment above them and the value beside them; `None` for one that is
+/// commented out. Keys that stand together share their comment.
+fn shipped_keys() -> HashMap<String, (String, Option<String>)> {
+    let mut keys = HashMap::new();
+    let (mut path, mut comment, mut has_key): (Vec<&str>, String, bool) = Default::default();
+    for line in SHIPPED.lines() {
+        let text = line.trim_start();
+        let is_key = |text: &str| text.starts_with(|c: char| c.is_ascii_lowercase());
+        let commented = text.strip_prefix('#');
+        if let Some((name, value)) = commented
+            .filter(|rest| is_key(rest))
+            .or(is_key(text).then_some(text))
+            .and_then(|t| t.split_once(':'))
+        {
+            path.truncate((line.len() - text.len()) / 2);
+            path.push(name);
+            has_key = true;
+            let value = commented.is_none().then(|| value.trim().to_owned());
+            keys.insert(path.join("."), (comment.clone(), value));
+        } else {
+            if has_key || text.is_empty() {
+                comment.clear();
+                has_key = false;
+            }
+            comment += text.trim_start_matches(['#', ' ']);
+            comment.push(' ');
+        }
+    }
+    keys
+}
+
+/// What is wrong with the ranges and words of `text` if it is about this key. Truth values go without saying.
+fn disagreement(text: &str, facts: &KeyFacts, must_state: bool) -> Option<String> {
+    if facts.allowed.is_empty() || facts.allowed == "true, false" {
+        return None;
+    }
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let stands = |part: &&str| {
+        let at_a_border = |c: Option<char>| c.is_none_or(|c| !c.is_alphanumeric());
+        text.match_indices(*part).any(|(at, _)| {
+            at_a_border(text[..at].chars().next_back()) && at_a_border(text[at + part.len()..].chars().next())
+        })
+    };
+    let missing: Vec<&str> = facts.allowed.split(", ").filter(|part| !stands(part)).collect();
+    if must_state && !missing.is_empty() {
+        return Some(format!("{} does not say {missing:?}: {text}", facts.key));
+    }
+    let words: Vec<&str> = text.split([' ', ',', ';', '.', '`']).collect();
+    let is_number = |word: &str| word.starts_with(|c: char| c.is_ascii_digit());
+    words
+        .windows(3)
+        .filter(|three| three[1] == "to" && is_number(three[0]) && is_number(three[2]))
+        .map(|three| three.join(" "))
+        .find(|range| !facts.allowed.split(", ").any(|part| part == range))
+        .map(|range| format!("{} says {range}, not {}: {text}", facts.key, facts.allowed))
+}
+
+#[test]
+fn the_shipped_file_states_what_each_key_may_be() {
+    let shipped = shipped_keys();
+    let wrong: Vec<String> =
+        keys().iter().filter_map(|facts| disagreement(&shipped[&facts.key].0, facts, true)).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_readme_states_each_default() {
+    let shipped = shipped_keys();
+    let defaults = with_keys(&[]).unwrap();
+    let mut missing: BTreeMap<String, KeyFacts> =
+        keys().into_iter().map(|facts| (facts.key.clone(), facts)).collect();
+    let table = README.split("| key | default | meaning |").nth(1).unwrap().split("\n\n").next().unwrap();
+    for row in table.lines().filter(|row| row.starts_with("| `")) {
+        let [names, default, meaning] =
+            row.trim_matches('|').splitn(3, '|').map(str::trim).collect::<Vec<_>>().try_into().unwrap();
+        for key in names.split(", ").map(|name| name.trim_matches('`')) {
+            let facts = missing.remove(key).unwrap_or_else(|| panic!("no such key, or twice: {row}"));
+            assert_eq!(disagreement(meaning, &facts, false), None);
+            if shipped[key].1.is_none() || key == "database.dsn" {
+                // None, or one that depends on the machine or another key.
+                continue;
+            }
+            let value = default.strip_prefix('`').and_then(|rest| rest.strip_suffix('`')).expect(row);
+            assert_eq!(with_keys(&[(key, value)]).as_ref(), Ok(&defaults), "{row}");
+        }
+    }
+    assert!(missing.is_empty(), "the README's table lacks {:?}", missing.keys());
+}
+
+#[test]
+fn the_texts_name_the_keys_that_a_reload_applies_and_no_others() {
+    let keys = keys();
+    let last = |facts: &KeyFacts| facts.key.rsplit('.').next().unwrap_or_default().to_owned();
+    let live: BTreeSet<String> =
+        keys.iter().filter(|facts| facts.reload == Reload::Applies).map(last).collect();
+    let fixed: BTreeSet<String> = keys.iter().map(last).filter(|name| !live.contains(name)).collect();
+    for (text, start) in
+        [(SHIPPED, "# SIGHUP (systemctl reload)"), (README, "SIGHUP (`systemctl reload pg-outbox`)")]
+    {
+        let paragraph = text.split(start).nth(1).unwrap().split("\n\n").next().unwrap();
+        let words: BTreeSet<String> =
+            paragraph.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).map(str::to_owned).collect();
+        assert_eq!(live.difference(&words).next(), None, "not named:\n{paragraph}");
+        assert_eq!(fixed.intersection(&words).next(), None, "it takes a restart:\n{paragraph}");
+    }
 }
 
 #[test]
