@@ -2,16 +2,18 @@
 //!
 //! [`Config::load`] reads a YAML file and four environment variables once, at start, on the main thread, and
 //! returns either a configuration in which every value is present, checked and fits the others, or all
-//! problems at once, each with its line. Nothing but the connection string is required. It looks at no other
+//! problems at once, each with its line. A reload reads it anew there; the claimer and the workers only ever take what
+//! `live.rs` holds for them. The folder may name the ground floor, and it alone names `serde_yaml`. It looks at no other
 //! file but those in which secrets stand, and at no server; whether those agree is for `pg-outbox check` and for
-//! the connections to find out. Secrets are kept in [`Secret`]
-//! and occur in no message.
+//! the connections to find out. Secrets are kept in [`Secret`] and occur in no message. Nothing but the connection string
+//! is required.
 //!
-//! A section's keys, their defaults and ranges are in `dispatcher.rs`, `database.rs`, `nats.rs` and `service.rs`, their
-//! mutual limits in `checks.rs`; a key is declared once (`key.rs`, `section.rs`), and that says too what a reload does with it
-//! (`changes.rs`, `live.rs`). Below, `yaml.rs` turns text into
+//! A key is declared once, in its section's file: `dispatcher.rs`, `database.rs`, `nats.rs` or `service.rs`. That
+//! one declaration (`key.rs`, `section.rs`) says its default, what it may be, and what a reload does with it
+//! (`changes.rs`, `live.rs`); what two keys must be to each other is in `checks.rs`. Below, `yaml.rs` turns text into
 //! nodes that know their lines, `reading.rs` takes the keys out and gathers the problems, `values.rs` says what each kind
-//! of value may be, `secrets.rs` reads the ones that stand elsewhere, `faults.rs` is what can be wrong.
+//! of value may be, `secrets.rs` reads the ones that stand elsewhere, `faults.rs` is what can be wrong. A new key stands
+//! beside that in `etc/config.yaml` and in the README's table, and tests say what is missing there.
 
 mod changes;
 mod checks;
