@@ -59,13 +59,14 @@ fn a_quick_bench_measures_what_it_promises() {
             .args(["bench", "--quick", "--events", "5000", "--workers", "2", "--json", "--plot"])
             .arg(&plot)
             .args(["--only", "drain", "--only", "cost", "--only", "latency", "--only", "writers"])
+            .args(["--only", "old-snapshot"])
             .env("TMPDIR", &temp),
     );
     let rates =
         ["publish.alone", "publish.one", "database.alone", "drain.best", "drain.100", "drain.one_key"];
     let costs =
         ["drain.best.cpu", "drain.best.cpu_postgres", "drain.best.cpu_nats", "drain.best.wal", "idle.cpu"];
-    let others = ["writers.busy.trigger", "writers.asleep.none", "latency.half.p99"];
+    let others = ["writers.busy.trigger", "writers.asleep.none", "latency.half.p99", "snapshot.reads"];
     for name in rates.iter().chain(&costs).chain(&others) {
         assert!(figure(&report, name) > 0.0, "{name}: {report}");
     }

@@ -71,8 +71,9 @@ impl ValueEnum for BenchPart {
             }
             BenchPart::Latency => ("latency", "From commit to stored in the stream"),
             BenchPart::Cost => ("cost", "Statements an event, and what an idle daemon takes"),
-            BenchPart::Growth => {
-                ("growth", "Draining with more pending, with many published, and with an old snapshot held")
+            BenchPart::Growth => ("growth", "Draining with more pending, and with many published"),
+            BenchPart::OldSnapshot => {
+                ("old-snapshot", "Draining while another session holds an old snapshot")
             }
             BenchPart::Writers => ("writers", "What 16 writers pay for our trigger"),
             BenchPart::Instances => ("instances", "One, two and four instances"),

@@ -14,6 +14,7 @@ mod growth;
 mod instances;
 mod latency;
 mod limits;
+mod old_snapshot;
 mod options;
 mod plot;
 mod process;
@@ -85,6 +86,7 @@ fn measure(bench: &mut BenchRun, options: &BenchOptions) -> Result<()> {
             BenchPart::Latency => latency::run(bench, &outbox)?,
             BenchPart::Cost => cost::run(bench, &outbox)?,
             BenchPart::Growth => growth::run(bench, &outbox, options.long)?,
+            BenchPart::OldSnapshot => old_snapshot::run(bench, &outbox)?,
             BenchPart::Writers => writers::run(bench, &outbox)?,
             BenchPart::Instances => instances::run(bench, &outbox)?,
         }

@@ -1,10 +1,10 @@
-//! Growth: whether the drain rate stays as more is pending, as more is published, and under an old snapshot.
+//! Growth: whether the drain rate stays as more is pending and as more is published.
 //!
-//! Peak memory and the curves of the long drains come with it.
+//! Peak memory comes with it, and with the largest backlog, which takes minutes and wants to be asked for, its curve.
 
 use anyhow::Result;
 
-use super::drain::{self, Drain, HeldSnapshot};
+use super::drain::{self, Drain};
 use super::events::{self, KeyDistribution};
 use super::run::BenchRun;
 use super::testbed::Outbox;
@@ -24,21 +24,12 @@ pub(super) fn run(bench: &mut BenchRun, outbox: &Outbox, long: bool) -> Result<(
         bench.say(round, "growth.published");
         filled.session()?.run("VACUUM outboxes")?;
         Drain { pending: hundred, ..Drain::usual(bench, "growth.published") }.run(bench, &filled)?;
-        for (name, label, held) in [
-            ("growth.1m", "no old snapshot", HeldSnapshot::None),
-            ("growth.snapshot_reads", "old snapshot, read-only", HeldSnapshot::ReadOnly),
-            ("growth.snapshot_writes", "old snapshot, has written", HeldSnapshot::Written),
-        ] {
-            let curve = drain::on_empty(
-                bench,
-                outbox,
-                round,
-                Drain { pending: million, held, ..Drain::usual(bench, name) },
-            )?;
-            if round == 1 {
-                bench.curves.push((label.to_owned(), curve));
-            }
-        }
+        drain::on_empty(
+            bench,
+            outbox,
+            round,
+            Drain { pending: million, ..Drain::usual(bench, "growth.1m") },
+        )?;
     }
     if long {
         let curve =

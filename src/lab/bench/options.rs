@@ -37,8 +37,10 @@ pub enum BenchPart {
     Latency,
     /// Statements, and the idle daemon. (CPU, WAL and memory come with every drain.)
     Cost,
-    /// Draining with more pending, more published, and an old snapshot.
+    /// Draining with more pending and more published.
     Growth,
+    /// Draining under an old snapshot.
+    OldSnapshot,
     /// What writers pay.
     Writers,
     /// Several instances.
@@ -47,12 +49,13 @@ pub enum BenchPart {
 
 impl BenchPart {
     /// All of them, in the order in which they run.
-    pub const ALL: [BenchPart; 7] = [
+    pub const ALL: [BenchPart; 8] = [
         BenchPart::Limits,
         BenchPart::Drain,
         BenchPart::Latency,
         BenchPart::Cost,
         BenchPart::Growth,
+        BenchPart::OldSnapshot,
         BenchPart::Writers,
         BenchPart::Instances,
     ];
