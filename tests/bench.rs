@@ -59,14 +59,22 @@ fn a_quick_bench_measures_what_it_promises() {
             .args(["bench", "--quick", "--events", "5000", "--workers", "2", "--json", "--plot"])
             .arg(&plot)
             .args(["--only", "drain", "--only", "cost", "--only", "latency", "--only", "writers"])
-            .args(["--only", "old-snapshot"])
+            .args(["--only", "old-snapshot", "--only", "open-writer"])
             .env("TMPDIR", &temp),
     );
     let rates =
         ["publish.alone", "publish.one", "database.alone", "drain.best", "drain.100", "drain.one_key"];
     let costs =
         ["drain.best.cpu", "drain.best.cpu_postgres", "drain.best.cpu_nats", "drain.best.wal", "idle.cpu"];
-    let others = ["writers.busy.trigger", "writers.asleep.none", "latency.half.p99", "snapshot.reads"];
+    let others = [
+        "writers.busy.trigger",
+        "writers.asleep.none",
+        "latency.half.p99",
+        "snapshot.reads",
+        "open_writer.last",
+        "open_writer.open.p50",
+        "open_writer.ended.p50",
+    ];
     for name in rates.iter().chain(&costs).chain(&others) {
         assert!(figure(&report, name) > 0.0, "{name}: {report}");
     }

@@ -75,6 +75,9 @@ impl ValueEnum for BenchPart {
             BenchPart::OldSnapshot => {
                 ("old-snapshot", "Draining while another session holds an old snapshot")
             }
+            BenchPart::OpenWriter => {
+                ("open-writer", "Rate and latency while a transaction that has inserted an event stays open")
+            }
             BenchPart::Writers => ("writers", "What 16 writers pay for our trigger"),
             BenchPart::Instances => ("instances", "One, two and four instances"),
         };

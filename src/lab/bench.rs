@@ -15,6 +15,7 @@ mod instances;
 mod latency;
 mod limits;
 mod old_snapshot;
+mod open_writer;
 mod options;
 mod plot;
 mod process;
@@ -87,6 +88,7 @@ fn measure(bench: &mut BenchRun, options: &BenchOptions) -> Result<()> {
             BenchPart::Cost => cost::run(bench, &outbox)?,
             BenchPart::Growth => growth::run(bench, &outbox, options.long)?,
             BenchPart::OldSnapshot => old_snapshot::run(bench, &outbox)?,
+            BenchPart::OpenWriter => open_writer::run(bench, &outbox)?,
             BenchPart::Writers => writers::run(bench, &outbox)?,
             BenchPart::Instances => instances::run(bench, &outbox)?,
         }
@@ -106,12 +108,14 @@ fn report(bench: BenchRun, options: &BenchOptions) -> Result<BenchReport> {
         best_batch: bench.best_batch,
         rounds: bench.scale.rounds,
         quick: options.quick,
-        sizes: [
+        sizes: vec![
             ("{10k}", bench.scale.growth[0]),
             ("{100k}", bench.scale.growth[1]),
             ("{1m}", bench.scale.growth[2]),
             ("{5m}", bench.scale.growth[3]),
             ("{published}", bench.scale.published),
+            ("{two steps}", 2 * bench.scale.step),
+            ("{all steps}", open_writer::STEPS * bench.scale.step),
         ],
     };
     Ok(BenchReport { setting, book: bench.book, curves: bench.curves, omitted: bench.omitted })

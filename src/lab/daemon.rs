@@ -154,6 +154,14 @@ impl Daemon {
         value.parse().with_context(|| format!("{name} is {value}"))
     }
 
+    /// Events that it has settled as published since it started.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn published(&self) -> Result<u64> {
+        Ok(self.metric("outbox_events_published_total")? as u64)
+    }
+
     /// Asks it to drain; true if it ended as it should.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Reads a stream back, message by message, from its beginning: how the demo checks what arrived, and the bench when.
+//! Reads a stream back, message by message: how the demo checks what arrived, and the bench when.
 //!
 //! An ephemeral push consumer over a connection of its own. It acknowledges, though nothing is ever sent again, because
 //! that paces the server: one that sends half a million messages at once closes the connection of whoever is slower.
@@ -47,6 +47,14 @@ impl StreamReader {
     /// # Errors
     /// When the server or the stream is not there.
     pub fn open(url: &str, auth: &NatsAuth, stream: &str) -> Result<StreamReader> {
+        StreamReader::open_at(url, auth, stream, 1)
+    }
+
+    /// The same, beginning at the message with this sequence, or at the one that will have it.
+    ///
+    /// # Errors
+    /// When the server or the stream is not there.
+    pub fn open_at(url: &str, auth: &NatsAuth, stream: &str, first: u64) -> Result<StreamReader> {
         let connection = Login::read(auth)?
             .options()
             .with_name("pg-outbox reader")
@@ -58,7 +66,8 @@ impl StreamReader {
             "stream_name": stream,
             "config": {
                 "deliver_subject": inbox,
-                "deliver_policy": "all",
+                "deliver_policy": "by_start_sequence",
+                "opt_start_seq": first,
                 "ack_policy": "all",
                 "ack_wait": u64::try_from(ACK_WAIT.as_nanos())?,
                 "max_ack_pending": PACE.0,

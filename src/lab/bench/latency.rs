@@ -20,10 +20,12 @@ use crate::lab::daemon::Daemon;
 use crate::lab::numbers::percentile;
 use crate::nats::reader::StreamReader;
 use crate::nats::streams::Batches;
-use crate::postgres::Insert;
+use crate::postgres::{Insert, Plain};
 
-/// How long everything written may take to arrive.
-const ARRIVAL_LIMIT: Duration = Duration::from_secs(60);
+/// Longest time without progress.
+const STALL_LIMIT: Duration = Duration::from_secs(60);
+/// Time between two looks at how much is published.
+const LOOK: Duration = Duration::from_millis(20);
 /// Time for the daemon to fall asleep before the first event.
 const SETTLE_DOWN: Duration = Duration::from_secs(2);
 
@@ -65,25 +67,43 @@ impl Load {
     /// Writes events at this rate and notes when they were stored.
     pub(super) fn run(&self, bench: &mut BenchRun, outbox: &Outbox) -> Result<()> {
         let mut session = outbox.session()?;
-        prepare(&mut session, KeyDistribution::Many(1_000), self.transactions() * self.events)?;
+        self.prepare(&mut session)?;
         empty(&mut session)?;
         bench.testbed.fresh_stream(Batches::None)?;
         let options = bench.daemon_options(Statements::Uncounted);
         let mut daemon = bench.testbed.start_daemon(outbox, options)?;
+        self.measure(bench, outbox, &mut daemon)?;
+        ensure!(daemon.drain()?, "the daemon did not stop in order: {}", daemon.log_tail());
+        Ok(())
+    }
+
+    /// The same with a daemon that runs, once it sleeps, and with events that [`Load::prepare`] has made.
+    pub(super) fn measure(&self, bench: &mut BenchRun, outbox: &Outbox, daemon: &mut Daemon) -> Result<()> {
         sleep(SETTLE_DOWN.min(self.lasts));
+        let stored = bench.testbed.streams().messages(bench.testbed.stream()?)?;
+        let published = daemon.published()?;
         let began = Instant::now();
         let committed_ns = self.write(outbox)?;
         let seconds = began.elapsed().as_secs_f64();
-        await_published(bench, &mut daemon, committed_ns.len())?;
-        let mut latencies_ms = self.read_back(bench, &committed_ns)?;
+        await_published(bench, daemon, published + committed_ns.len() as u64)?;
+        let mut latencies_ms = self.read_back(bench, stored + 1, &committed_ns)?;
         latencies_ms.sort_by(f64::total_cmp);
         let mut note = |what: &str, value: f64| bench.book.note(&format!("{}.{what}", self.name), value);
         note("rate", committed_ns.len() as f64 / seconds);
         note("p50", percentile(&latencies_ms, 50).unwrap_or(f64::NAN));
         note("p99", percentile(&latencies_ms, 99).unwrap_or(f64::NAN));
         note("max", percentile(&latencies_ms, 100).unwrap_or(f64::NAN));
-        ensure!(daemon.drain()?, "the daemon did not stop in order: {}", daemon.log_tail());
         Ok(())
+    }
+
+    /// Its events.
+    pub(super) fn count(&self) -> u64 {
+        (self.transactions() * self.events).unsigned_abs()
+    }
+
+    /// Makes its events.
+    pub(super) fn prepare(&self, session: &mut Plain) -> Result<()> {
+        prepare(session, KeyDistribution::Many(1_000), self.transactions() * self.events)
     }
 
     /// Transactions a second.
@@ -141,12 +161,13 @@ impl Load {
         Ok(committed)
     }
 
-    fn read_back(&self, bench: &BenchRun, committed_ns: &[i64]) -> Result<Vec<f64>> {
+    /// The latency of each event, from the stream's message `first` on.
+    fn read_back(&self, bench: &BenchRun, first: u64, committed_ns: &[i64]) -> Result<Vec<f64>> {
         let (url, auth) = bench.testbed.nats();
-        let mut reader = StreamReader::open(url, auth, bench.testbed.stream()?)?;
+        let mut reader = StreamReader::open_at(url, auth, bench.testbed.stream()?, first)?;
         let mut latencies_ms = Vec::with_capacity(committed_ns.len());
         while latencies_ms.len() < committed_ns.len() {
-            let message = reader.next(ARRIVAL_LIMIT)?.context("the stream ends before its last event")?;
+            let message = reader.next(STALL_LIMIT)?.context("the stream ends before its last event")?;
             let Numbered { n } = serde_json::from_slice(&message.payload)?;
             let committed = committed_ns.get(n.wrapping_sub(1)).context("an event that nobody wrote")?;
             // The stream may have it a moment before the writer has heard of its COMMIT.
@@ -162,16 +183,21 @@ struct Numbered {
     n: usize,
 }
 
-fn await_published(bench: &BenchRun, daemon: &mut Daemon, events: usize) -> Result<()> {
-    let deadline = Instant::now() + ARRIVAL_LIMIT;
-    while daemon.metric("outbox_events_published_total")? < events as f64 {
+/// Waits until the daemon has published `total` events since it started.
+pub(super) fn await_published(bench: &BenchRun, daemon: &mut Daemon, total: u64) -> Result<()> {
+    let (mut published, mut news) = (daemon.published()?, Instant::now());
+    while published < total {
         bench.go_on()?;
         daemon.must_run()?;
         ensure!(
-            Instant::now() < deadline,
-            "not all of {events} events are published after {ARRIVAL_LIMIT:?}"
+            news.elapsed() < STALL_LIMIT,
+            "no progress for {STALL_LIMIT:?}: {published} of {total} events"
         );
-        sleep(Duration::from_millis(20));
+        sleep(LOOK);
+        let now = daemon.published()?;
+        if now > published {
+            (published, news) = (now, Instant::now());
+        }
     }
     Ok(())
 }

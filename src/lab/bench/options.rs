@@ -41,6 +41,8 @@ pub enum BenchPart {
     Growth,
     /// Draining under an old snapshot.
     OldSnapshot,
+    /// Rate and latency while a transaction that has inserted an event stays open.
+    OpenWriter,
     /// What writers pay.
     Writers,
     /// Several instances.
@@ -49,13 +51,14 @@ pub enum BenchPart {
 
 impl BenchPart {
     /// All of them, in the order in which they run.
-    pub const ALL: [BenchPart; 8] = [
+    pub const ALL: [BenchPart; 9] = [
         BenchPart::Limits,
         BenchPart::Drain,
         BenchPart::Latency,
         BenchPart::Cost,
         BenchPart::Growth,
         BenchPart::OldSnapshot,
+        BenchPart::OpenWriter,
         BenchPart::Writers,
         BenchPart::Instances,
     ];
@@ -71,6 +74,8 @@ pub(super) struct Scale {
     /// Events pending in the growth part, for the figures 10k, 100k, 1m and 5m.
     pub(super) growth: [u64; 4],
     pub(super) published: u64,
+    /// Events of each step behind an open writer.
+    pub(super) step: u64,
     pub(super) latency: Duration,
     pub(super) writing: Duration,
     pub(super) idle: Duration,
@@ -89,6 +94,7 @@ impl Scale {
                 workers,
                 growth: [1_000, 5_000, 10_000, 20_000],
                 published: 20_000,
+                step: 1_000,
                 latency: Duration::from_secs(1),
                 writing: Duration::from_secs(1),
                 idle: Duration::from_secs(2),
@@ -102,6 +108,7 @@ impl Scale {
             workers,
             growth: [10_000, 100_000, 1_000_000, 5_000_000],
             published: 5_000_000,
+            step: 50_000,
             latency: Duration::from_secs(20),
             writing: Duration::from_secs(5),
             idle: Duration::from_secs(10),

@@ -29,8 +29,9 @@ pub(super) struct Setting {
     pub(super) rounds: usize,
     /// Little of everything: the figures are rough.
     pub(super) quick: bool,
-    /// Events that `{10k}`, `{100k}`, `{1m}` and `{5m}` stand for, pending, and `{published}`.
-    pub(super) sizes: [(&'static str, u64); 5],
+    /// Events that words of figures and goals stand for: `{10k}`, `{100k}`, `{1m}` and `{5m}` pending, `{published}`, and
+    /// behind an open writer `{two steps}` and `{all steps}`.
+    pub(super) sizes: Vec<(&'static str, u64)>,
 }
 
 impl Setting {
@@ -212,7 +213,7 @@ mod tests {
             best_batch: 500,
             rounds: 2,
             quick: true,
-            sizes: [("{10k}", 1), ("{100k}", 2), ("{1m}", 3_000), ("{5m}", 4), ("{published}", 5)],
+            sizes: vec![("{10k}", 1), ("{100k}", 2), ("{1m}", 3_000), ("{5m}", 4), ("{published}", 5)],
         };
         BenchReport {
             setting,
