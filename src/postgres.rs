@@ -85,7 +85,7 @@ pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Retr
 pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionSession, PartitionState, UPKEEP_STEP, UpkeepTurn,
 };
-pub use self::plain::{Insert, Plain};
+pub use self::plain::{Insert, Plain, RowInsert};
 pub use self::replay::{FoundEvent, FoundPublished};
 pub use self::server_life::ServerLife;
 pub use self::sessions::Sessions;

@@ -92,6 +92,40 @@ fn a_quick_bench_measures_what_it_promises() {
 }
 
 #[test]
+fn a_bench_against_another_build_sets_both_beside_each_other() {
+    let this = pg_outbox();
+    let report = report(
+        pg_outbox()
+            .args([
+                "bench",
+                "--quick",
+                "--rounds",
+                "2",
+                "--events",
+                "1000",
+                "--workers",
+                "2",
+                "--json",
+                "--against",
+            ])
+            .arg(this.get_program()),
+    );
+    for name in ["inserts.cpu", "relay.1000", "relay.100"] {
+        assert!(figure(&report, name) > 0.0, "{name}: {report}");
+    }
+    let compared = report["compared"].as_array().unwrap();
+    for name in ["against.1000", "against.100.cpu_postgres", "against.1000.wal", "inserts.cpu", "relay.100"] {
+        let row =
+            compared.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("no {name}: {report}"));
+        for part in ["this", "other", "ratio"] {
+            assert!(row[part]["median"].as_f64().unwrap() > 0.0, "{row}");
+        }
+    }
+    assert_eq!(report["goals"].as_array().unwrap().len(), 1, "what inserts cost: {report}");
+    assert_eq!(report["setting"]["best_batch"], Value::Null, "nothing else was measured: {report}");
+}
+
+#[test]
 fn a_bench_on_the_configured_servers_leaves_them_as_they_were() {
     let (db, nats, folder) = (database(), start_nats(""), tempfile::tempdir().unwrap());
     let stream = TestStream::on(&nats.url(), &json!({}));

@@ -15,6 +15,10 @@ pub(super) struct BenchFlags {
     /// Run this part alone; may be given several times.
     #[arg(long, value_enum, value_name = "PART")]
     only: Vec<BenchPart>,
+    /// Compare with another build of this program, by turns: drains, and what relaying costs. Runs these parts alone, unless
+    /// --only says which.
+    #[arg(long, value_name = "PROGRAM", conflicts_with = "here")]
+    against: Option<PathBuf>,
     /// Small and short: half a minute, and rough figures.
     #[arg(long)]
     quick: bool,
@@ -41,10 +45,11 @@ pub(super) struct BenchFlags {
 impl BenchFlags {
     /// Its options; `config` is the file that says which servers are meant by `--here`.
     pub(super) fn options(&self, config: &Path) -> BenchOptions {
-        let BenchFlags { here, only, quick, long, rounds, events, workers, json, plot } = self;
+        let BenchFlags { here, only, against, quick, long, rounds, events, workers, json, plot } = self;
         BenchOptions {
             here: here.then(|| config.to_owned()),
             only: only.clone(),
+            against: against.clone(),
             quick: *quick,
             long: *long,
             rounds: rounds.map(usize::from),
@@ -80,6 +85,10 @@ impl ValueEnum for BenchPart {
             }
             BenchPart::Writers => ("writers", "What 16 writers pay for our trigger"),
             BenchPart::Instances => ("instances", "One, two and four instances"),
+            BenchPart::RelayCost => {
+                ("relay-cost", "What relaying an event costs PostgreSQL, against inserting it")
+            }
+            BenchPart::Against => ("against", "Drains of this program and of the one that --against names"),
         };
         Some(PossibleValue::new(name).help(help))
     }

@@ -2,11 +2,14 @@
 //!
 //! Each part measures one thing (a file each below this one). What is compared is measured by turns, round after round,
 //! so that a machine that slows down slows both; the tables show medians with their spread, and the goals beside them.
-//! The daemon that is measured is this program as a process of its own, configured by a file. Private servers are
+//! The daemon that is measured is this program as a process of its own, configured by a file; `--against` measures another
+//! build of it beside. Private servers are
 //! the default; `--here` takes the configured ones, with a schema and a stream of its own, which are removed at the
 //! end. Ctrl-C ends it at any time and removes what it made.
 
+mod against;
 mod book;
+mod builds;
 mod cost;
 mod drain;
 mod events;
@@ -19,16 +22,18 @@ mod open_writer;
 mod options;
 mod plot;
 mod process;
+mod relay_cost;
 mod report;
 mod run;
 mod testbed;
 mod threads;
 mod writers;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::book::Book;
+use self::builds::Builds;
 use self::options::Scale;
 pub use self::options::{BenchOptions, BenchPart};
 use self::report::{BenchReport, Setting};
@@ -42,6 +47,8 @@ use crate::command::signals::stop_flag;
 /// A missing server (with the command that installs it), a server or a daemon that fails, a drain that lost or
 /// doubled an event, Ctrl-C.
 pub fn run(options: &BenchOptions) -> Result<()> {
+    let compares = options.against.is_some() || !options.only.contains(&BenchPart::Against);
+    ensure!(compares, "--only against: name the other build with --against");
     let stop = stop_flag()?;
     let testbed = match &options.here {
         Some(config) => Testbed::here(config)?,
@@ -68,9 +75,11 @@ pub fn run(options: &BenchOptions) -> Result<()> {
 }
 
 fn measure(bench: &mut BenchRun, options: &BenchOptions) -> Result<()> {
-    let wanted = |part: BenchPart| options.only.is_empty() || options.only.contains(&part);
+    let wanted = |part: BenchPart| options.wants(part);
     let outbox = bench.testbed.outbox("a")?;
-    drain::find_best_batch(bench, &outbox)?;
+    if options.want_best_batch() {
+        drain::find_best_batch(bench, &outbox)?;
+    }
     // What has one measure in common goes in one round.
     if wanted(BenchPart::Limits) || wanted(BenchPart::Drain) {
         for round in 1..=bench.scale.rounds {
@@ -91,7 +100,29 @@ fn measure(bench: &mut BenchRun, options: &BenchOptions) -> Result<()> {
             BenchPart::OpenWriter => open_writer::run(bench, &outbox)?,
             BenchPart::Writers => writers::run(bench, &outbox)?,
             BenchPart::Instances => instances::run(bench, &outbox)?,
+            // They have outboxes of their own.
+            BenchPart::RelayCost | BenchPart::Against => {}
         }
+    }
+    compare(bench, options)
+}
+
+/// The parts that run on an outbox of each build.
+fn compare(bench: &mut BenchRun, options: &BenchOptions) -> Result<()> {
+    let [relay_cost, against] = [BenchPart::RelayCost, BenchPart::Against].map(|part| options.wants(part));
+    if !relay_cost && !against {
+        return Ok(());
+    }
+    if options.here.is_some() {
+        bench.omitted.push("relay cost: what the configured servers use is not known".into());
+        return Ok(());
+    }
+    let builds = Builds::new(bench, options.against.as_deref())?;
+    if against {
+        against::run(bench, &builds)?;
+    }
+    if relay_cost {
+        relay_cost::run(bench, &builds)?;
     }
     Ok(())
 }
@@ -105,7 +136,8 @@ fn report(bench: BenchRun, options: &BenchOptions) -> Result<BenchReport> {
         servers: if options.here.is_none() { "both on this machine" } else { "the configured servers" },
         events: bench.scale.events,
         workers: bench.scale.workers,
-        best_batch: bench.best_batch,
+        best_batch: options.want_best_batch().then_some(bench.best_batch),
+        against: options.against.as_ref().map(|other| other.display().to_string()),
         rounds: bench.scale.rounds,
         quick: options.quick,
         sizes: vec![

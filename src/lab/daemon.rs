@@ -1,4 +1,4 @@
-//! This program as a child process, for the demo and the bench: what they show is what an operator would run.
+//! This program, or another build of it, as a child process, for the demo and the bench: what they show is what an operator would run.
 //!
 //! A [`Program`] is a config file in a folder of its own; from it `pg-outbox migrate` runs to its end, and `pg-outbox
 //! run` becomes a [`Daemon`]. A guard ends the process and removes the folder however this process ends. Variables
@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -36,9 +36,10 @@ const OVERRIDES: [&str; 7] = [
     "WATCHDOG_PID",
 ];
 
-/// A config file in a folder of its own.
+/// A program, and a config file in a folder of its own.
 #[derive(Debug)]
 pub struct Program {
+    executable: PathBuf,
     folder: PathBuf,
     /// Dropped last, it removes the folder.
     guard: Guard,
@@ -50,10 +51,18 @@ impl Program {
     /// # Errors
     /// The folder or the file cannot be made.
     pub fn new(label: &str, yaml: &str) -> Result<Program> {
+        Program::of(&std::env::current_exe().context("find this program")?, label, yaml)
+    }
+
+    /// The same for another build of this program.
+    ///
+    /// # Errors
+    /// As [`Program::new`].
+    pub fn of(executable: &Path, label: &str, yaml: &str) -> Result<Program> {
         let prefix = format!("pg-outbox-{label}-");
         let folder = tempfile::Builder::new().prefix(&prefix).tempdir().context("make a folder")?;
         let guard = Guard::over(folder.path(), "KILL")?;
-        let program = Program { folder: folder.keep(), guard };
+        let program = Program { executable: executable.to_owned(), folder: folder.keep(), guard };
         // It may hold passwords.
         OpenOptions::new()
             .write(true)
@@ -70,7 +79,7 @@ impl Program {
     /// # Errors
     /// What it said.
     pub fn migrate(&self) -> Result<()> {
-        let output = self.command("migrate")?.output().context("run pg-outbox migrate")?;
+        let output = self.command("migrate").output().context("run pg-outbox migrate")?;
         ensure!(output.status.success(), "pg-outbox migrate: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
@@ -81,7 +90,7 @@ impl Program {
     /// It ended, or does not become ready.
     pub fn run(mut self) -> Result<Daemon> {
         let log = File::create(self.folder.join("log")).context("create the daemon's log")?;
-        let mut command = self.command("run")?;
+        let mut command = self.command("run");
         let child = command.stdout(Stdio::null()).stderr(log).spawn().context("run the daemon")?;
         self.guard.watch(child.id())?;
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -94,15 +103,15 @@ impl Program {
         self.folder.join("config.yaml")
     }
 
-    fn command(&self, name: &str) -> Result<Command> {
-        let mut command = Command::new(std::env::current_exe().context("find this program")?);
+    fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(&self.executable);
         command.arg(name).arg("--config").arg(self.config()).process_group(0).stdin(Stdio::null());
         for name in OVERRIDES {
             command.env_remove(name);
         }
         // As the units have it.
         command.env("GLIBC_TUNABLES", "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0");
-        Ok(command)
+        command
     }
 }
 

@@ -23,6 +23,12 @@ pub struct Insert {
     statement: Statement,
 }
 
+/// A session with one prepared INSERT of a row.
+pub struct RowInsert {
+    client: Client,
+    statement: Statement,
+}
+
 impl Plain {
     /// Connects, with what the DSN does not say from `parts`; `name` is what `pg_stat_activity` shows behind `pg-outbox/`.
     ///
@@ -58,6 +64,27 @@ impl Plain {
         row.try_get(0).map_err(|error| StoreError::from(&error))
     }
 
+    /// Rows of three columns of type `text`.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses, or returns something else.
+    pub fn rows(&mut self, sql: &str) -> Result<Vec<[String; 3]>, StoreError> {
+        let rows = self.client.query(sql, &[]).map_err(|error| StoreError::from(&error))?;
+        rows.iter()
+            .map(|row| Ok([row.try_get(0)?, row.try_get(1)?, row.try_get(2)?]))
+            .collect::<Result<_, postgres::Error>>()
+            .map_err(|error| StoreError::from(&error))
+    }
+
+    /// Makes this session one that repeats `sql`, an INSERT of one row with three parameters of type `text`.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn into_row_insert(mut self, sql: &str) -> Result<RowInsert, StoreError> {
+        let statement = self.client.prepare(sql).map_err(|error| StoreError::from(&error))?;
+        Ok(RowInsert { client: self.client, statement })
+    }
+
     /// Makes this session one that repeats `sql`, an INSERT with the parameters `$1 bigint` and `$2 bigint`.
     ///
     /// # Errors
@@ -78,5 +105,22 @@ impl Insert {
             .execute(&self.statement, &[&first, &last])
             .map(|_| ())
             .map_err(|error| StoreError::from(&error))
+    }
+}
+
+impl RowInsert {
+    /// Inserts rows, a statement each, in one transaction; when this returns, it is committed.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn insert(&mut self, rows: &[[String; 3]]) -> Result<(), StoreError> {
+        let mut insert = || -> Result<(), postgres::Error> {
+            let mut transaction = self.client.transaction()?;
+            for [first, second, third] in rows {
+                transaction.execute(&self.statement, &[first, second, third])?;
+            }
+            transaction.commit()
+        };
+        insert().map_err(|error| StoreError::from(&error))
     }
 }

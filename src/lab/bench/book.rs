@@ -28,6 +28,16 @@ impl Book {
         Spread::of(self.values(name).to_vec())
     }
 
+    /// The spread of the other build's figure of this name.
+    pub(super) fn other(&self, name: &str) -> Option<Spread> {
+        self.spread(&format!("other.{name}"))
+    }
+
+    /// The spread of a figure over the other build's, pair by pair.
+    pub(super) fn against(&self, name: &str) -> Option<Spread> {
+        self.ratio(name, &format!("other.{name}"))
+    }
+
     /// The spread of a ratio, pair by pair.
     pub(super) fn ratio(&self, numerator: &str, denominator: &str) -> Option<Spread> {
         let pairs = self.values(numerator).iter().zip(self.values(denominator));
@@ -63,6 +73,8 @@ pub(super) enum Of {
     Figure(&'static str),
     /// One figure over another.
     Ratio(&'static str, &'static str),
+    /// A figure of this program over the same of the other build.
+    Against(&'static str),
 }
 
 /// How much it should be.
@@ -162,6 +174,7 @@ pub(super) const GOALS: &[Goal] = &[
     goal("latency, idle, p99, ms", Of::Figure("latency.idle.p99"), Bound::AtMost(3.0)),
     goal("latency, half of the drain rate, p99, ms", Of::Figure("latency.half.p99"), Bound::AtMost(50.0)),
     goal("CPU s per 100,000 events, pg-outbox", Of::Figure("drain.best.cpu"), Bound::AtMost(1.0)),
+    goal("inserts: CPU of PostgreSQL / other build", Of::Against("inserts.cpu"), Bound::AtMost(1.05)),
     goal("CPU s per 100,000 events, all three", Of::Figure("drain.best.cpu_all"), Bound::AtMost(4.5)),
 ];
 
@@ -234,9 +247,31 @@ pub(super) const FIGURES: &[Figure] = &[
     figure("writers.busy.none", "16 writers, daemon busy, no trigger", "inserts/s"),
     figure("writers.asleep.trigger", "16 writers, daemon asleep, our trigger", "inserts/s"),
     figure("writers.asleep.none", "16 writers, daemon asleep, no trigger", "inserts/s"),
+    figure("inserts.cpu", "inserts, 50 a transaction: CPU of PostgreSQL", "s/100,000"),
+    figure("relay.1000", "relay cost, batch 1,000", "of inserting"),
+    figure("relay.100", "relay cost, batch 100", "of inserting"),
     figure("instances.1", "drain, one instance", "events/s"),
     figure("instances.2", "drain, two instances", "events/s"),
     figure("instances.4", "drain, four instances", "events/s"),
+];
+
+/// Figures of this program that stand beside those of another build, in the order of the table.
+pub(super) const COMPARED: &[Figure] = &[
+    figure("against.1000", "batch 1,000: drain", "events/s"),
+    figure("against.1000.cpu_postgres", "batch 1,000: CPU of PostgreSQL", "s/100,000"),
+    figure("against.1000.cpu", "batch 1,000: CPU of pg-outbox", "s/100,000"),
+    figure("against.1000.cpu_nats", "batch 1,000: CPU of nats-server", "s/100,000"),
+    figure("against.1000.cpu_all", "batch 1,000: CPU of the three", "s/100,000"),
+    figure("against.1000.wal", "batch 1,000: WAL", "B/event"),
+    figure("against.100", "batch 100: drain", "events/s"),
+    figure("against.100.cpu_postgres", "batch 100: CPU of PostgreSQL", "s/100,000"),
+    figure("against.100.cpu", "batch 100: CPU of pg-outbox", "s/100,000"),
+    figure("against.100.cpu_nats", "batch 100: CPU of nats-server", "s/100,000"),
+    figure("against.100.cpu_all", "batch 100: CPU of the three", "s/100,000"),
+    figure("against.100.wal", "batch 100: WAL", "B/event"),
+    figure("inserts.cpu", "inserts, 50 a transaction: CPU of PostgreSQL", "s/100,000"),
+    figure("relay.1000", "relay cost, batch 1,000", "of the other's inserting"),
+    figure("relay.100", "relay cost, batch 100", "of the other's inserting"),
 ];
 
 #[cfg(test)]
@@ -281,14 +316,16 @@ mod tests {
         }
         assert_eq!(book.ratio("a", "b"), Some(Spread { median: 0.5, low: 0.25, high: 0.75 }));
         assert_eq!(book.ratio("a", "c"), None);
+        book.note("other.a", 5.0);
+        assert_eq!(book.against("a"), Some(Spread { median: 2.0, low: 2.0, high: 2.0 }));
     }
 
     #[test]
     fn every_goal_is_about_figures_that_are_shown() {
-        let known = |name: &str| FIGURES.iter().any(|figure| figure.name == name);
+        let known = |name: &str| FIGURES.iter().chain(COMPARED).any(|figure| figure.name == name);
         for goal in GOALS {
             let named = match goal.of {
-                Of::Figure(name) => vec![name],
+                Of::Figure(name) | Of::Against(name) => vec![name],
                 Of::Ratio(above, below) => vec![above, below],
             };
             assert!(named.iter().all(|name| known(name)), "{goal:?}");

@@ -137,9 +137,14 @@ impl Drain {
 
     /// Drains `outbox` and notes what it took under `name` and `name.*`. Returns the curve.
     pub(super) fn run(&self, bench: &mut BenchRun, outbox: &Outbox) -> Result<Vec<Point>> {
-        let mut session = outbox.session()?;
         let _held = self.hold(outbox)?;
         load(&bench.stop, outbox, &insert_sql(self.keys), self.pending)?;
+        self.run_loaded(bench, outbox)
+    }
+
+    /// The same once its events are there.
+    pub(super) fn run_loaded(&self, bench: &mut BenchRun, outbox: &Outbox) -> Result<Vec<Point>> {
+        let mut session = outbox.session()?;
         bench.testbed.fresh_stream(self.batches)?;
         let wal = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint";
         let counted = self.statements == Statements::Counted;

@@ -60,6 +60,17 @@ pub(super) fn insert_sql(keys: KeyDistribution) -> String {
     format!("INSERT INTO outboxes (topic, metadata, payload) {}", events_sql(keys, "", "$1", "$2"))
 }
 
+/// Topic, metadata and payload of events 1 to `count`, as an application has them.
+pub(super) fn texts(session: &mut Plain, keys: KeyDistribution, count: u64) -> Result<Vec<[String; 3]>> {
+    let events = events_sql(keys, "", "1", &count.to_string());
+    let texts = format!("SELECT topic, metadata::text, payload::text FROM ({events}) AS events");
+    Ok(session.rows(&texts)?)
+}
+
+/// An INSERT of one event out of its [`texts`].
+pub(super) const INSERT_ROW: &str = "INSERT INTO outboxes (topic, metadata, payload)
+     VALUES ($1, $2::text::jsonb, $3::text::jsonb)";
+
 /// An INSERT of events `$1` to `$2` out of those that [`prepare`] has made.
 pub(super) const INSERT_PREPARED: &str = "INSERT INTO outboxes (topic, metadata, payload)
      SELECT topic, metadata, payload FROM prepared_events WHERE n BETWEEN $1 AND $2";

@@ -8,8 +8,10 @@ use std::time::Duration;
 pub struct BenchOptions {
     /// The configuration whose servers are used; `None` for private ones.
     pub here: Option<PathBuf>,
-    /// The parts to run; all if empty.
+    /// The parts to run; if empty all, or those that compare when there is something to compare with.
     pub only: Vec<BenchPart>,
+    /// Another build of this program, which it is compared with. Not with `here`.
+    pub against: Option<PathBuf>,
     /// Seconds instead of an hour: the figures are rough.
     pub quick: bool,
     /// 5 million pending as well.
@@ -47,11 +49,15 @@ pub enum BenchPart {
     Writers,
     /// Several instances.
     Instances,
+    /// What relaying costs PostgreSQL, against inserting.
+    RelayCost,
+    /// This program against another build of it, which must be given.
+    Against,
 }
 
 impl BenchPart {
     /// All of them, in the order in which they run.
-    pub const ALL: [BenchPart; 9] = [
+    pub const ALL: [BenchPart; 11] = [
         BenchPart::Limits,
         BenchPart::Drain,
         BenchPart::Latency,
@@ -61,7 +67,28 @@ impl BenchPart {
         BenchPart::OpenWriter,
         BenchPart::Writers,
         BenchPart::Instances,
+        BenchPart::RelayCost,
+        BenchPart::Against,
     ];
+}
+
+impl BenchOptions {
+    /// Whether a part is to run.
+    pub(super) fn wants(&self, part: BenchPart) -> bool {
+        let compares = matches!(part, BenchPart::Against | BenchPart::RelayCost);
+        match part {
+            BenchPart::Against if self.against.is_none() => false,
+            _ if self.only.is_empty() => self.against.is_none() || compares,
+            _ => self.only.contains(&part),
+        }
+    }
+
+    /// Whether a part is to run that drains by the best batch, which then must be found.
+    pub(super) fn want_best_batch(&self) -> bool {
+        BenchPart::ALL
+            .into_iter()
+            .any(|part| self.wants(part) && !matches!(part, BenchPart::Against | BenchPart::RelayCost))
+    }
 }
 
 /// How much of everything.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::book::{Book, Bound, FIGURES, GOALS, Of, Spread};
+use super::book::{Book, Bound, COMPARED, FIGURES, Figure, GOALS, Of, Spread};
 use super::run::Point;
 use crate::lab::numbers::thousands;
 
@@ -23,8 +23,10 @@ pub(super) struct Setting {
     pub(super) events: u64,
     /// Worker threads of a daemon.
     pub(super) workers: usize,
-    /// The batch that drained fastest.
-    pub(super) best_batch: usize,
+    /// The batch that drained fastest, where that was looked for.
+    pub(super) best_batch: Option<usize>,
+    /// The other build, if there is one.
+    pub(super) against: Option<String>,
     /// Rounds.
     pub(super) rounds: usize,
     /// Little of everything: the figures are rough.
@@ -35,6 +37,25 @@ pub(super) struct Setting {
 }
 
 impl Setting {
+    /// What stands above the tables.
+    fn header(&self) -> String {
+        let Setting { machine, postgres, nats, servers, events, workers, rounds, .. } = self;
+        let batch = self.best_batch.map(|batch| format!(", best batch {batch}")).unwrap_or_default();
+        let mut text = format!(
+            "{machine}; PostgreSQL {postgres}, nats-server {nats}, {servers}\n\
+             drains of {} events unless said otherwise, {workers} workers{batch}, {rounds} rounds; \
+             median (lowest to highest)\n\n",
+            thousands(*events)
+        );
+        if let Some(other) = &self.against {
+            text += &format!("the other build: {other}\n\n");
+        }
+        if self.quick {
+            text += "a quick run: the figures are rough, and the goals are those of a whole run\n\n";
+        }
+        text
+    }
+
     /// The words of a figure or a goal, with the numbers of this run.
     fn label(&self, what: &str) -> String {
         self.sizes.iter().fold(what.to_owned(), |text, (name, size)| text.replace(name, &thousands(*size)))
@@ -75,6 +96,18 @@ struct Measured<'a> {
     values: &'a [f64],
 }
 
+/// A figure of this program beside the other build's.
+#[derive(Serialize)]
+struct Compared {
+    name: &'static str,
+    what: &'static str,
+    unit: &'static str,
+    this: Spread,
+    other: Spread,
+    /// This over the other, within each round.
+    ratio: Spread,
+}
+
 impl BenchReport {
     /// As one JSON object.
     pub(super) fn json(&self) -> serde_json::Value {
@@ -83,6 +116,7 @@ impl BenchReport {
         serde_json::json!({
             "setting": self.setting,
             "figures": self.figures().collect::<Vec<_>>(),
+            "compared": self.compared().collect::<Vec<_>>(),
             "goals": self.goals().collect::<Vec<_>>(),
             "curves": self.curves.iter().map(curve).collect::<Vec<_>>(),
             "omitted": self.omitted,
@@ -91,48 +125,58 @@ impl BenchReport {
 
     /// As tables in Markdown, which a terminal shows as well.
     pub(super) fn table(&self) -> String {
-        let Setting { machine, postgres, nats, servers, events, workers, best_batch, rounds, quick, .. } =
-            &self.setting;
-        let mut text = format!(
-            "{machine}; PostgreSQL {postgres}, nats-server {nats}, {servers}\n\
-             drains of {} events unless said otherwise, {workers} workers, best batch {best_batch}, {rounds} rounds; \
-             median (lowest to highest)\n\n",
-            thousands(*events)
-        );
-        if *quick {
-            text += "a quick run: the figures are rough, and the goals are those of a whole run\n\n";
-        }
-        let figures: Vec<[String; 4]> = self
-            .figures()
-            .map(|figure| {
-                let Spread { median, low, high } = figure.spread;
-                let spread = format!("{} to {}", number(low), number(high));
-                [figure.what, number(median), spread, figure.unit.to_owned()]
-            })
-            .collect();
-        text += &grid(["figure", "median", "spread", "unit"], &figures);
-        let goals: Vec<[String; 4]> = self
-            .goals()
-            .map(|result| {
-                let goal = match result.bound {
-                    Bound::AtLeast(goal) => format!("at least {}", number(goal)),
-                    Bound::AtMost(goal) => format!("at most {}", number(goal)),
-                };
-                let Spread { median, low, high } = result.spread;
-                let measured = format!("{} ({} to {})", number(median), number(low), number(high));
-                let verdict = if result.reached { "reached" } else { "missed" };
-                [result.what, goal, measured, verdict.to_owned()]
-            })
-            .collect();
-        if !goals.is_empty() {
-            text.push('\n');
-            text += &grid(["goal", "", "measured", ""], &goals);
+        let mut text = self.setting.header();
+        text += &grid(["figure", "median", "spread", "unit"], &self.figure_rows());
+        for (head, rows) in [
+            (["compared", "this program", "the other build", "ratio"], self.compared_rows()),
+            (["goal", "", "measured", ""], self.goal_rows()),
+        ] {
+            if !rows.is_empty() {
+                text.push('\n');
+                text += &grid(head, &rows);
+            }
         }
         for omitted in &self.omitted {
             // Infallible: it writes to a String.
             let _ = writeln!(text, "\nnot measured: {omitted}");
         }
         text
+    }
+
+    fn figure_rows(&self) -> Vec<[String; 4]> {
+        let row = |figure: Measured<'_>| {
+            let Spread { median, low, high } = figure.spread;
+            let spread = format!("{} to {}", number(low), number(high));
+            [figure.what, number(median), spread, figure.unit.to_owned()]
+        };
+        self.figures().map(row).collect()
+    }
+
+    fn compared_rows(&self) -> Vec<[String; 4]> {
+        let row = |Compared { what, unit, this, other, ratio, .. }| {
+            [format!("{what}, {unit}"), median_of(this), median_of(other), median_of(ratio)]
+        };
+        self.compared().map(row).collect()
+    }
+
+    fn goal_rows(&self) -> Vec<[String; 4]> {
+        let row = |result: GoalResult| {
+            let goal = match result.bound {
+                Bound::AtLeast(goal) => format!("at least {}", number(goal)),
+                Bound::AtMost(goal) => format!("at most {}", number(goal)),
+            };
+            let verdict = if result.reached { "reached" } else { "missed" };
+            [result.what, goal, median_of(result.spread), verdict.to_owned()]
+        };
+        self.goals().map(row).collect()
+    }
+
+    fn compared(&self) -> impl Iterator<Item = Compared> {
+        COMPARED.iter().filter_map(|figure| {
+            let Figure { name, what, unit } = *figure;
+            let [this, other] = [self.book.spread(name)?, self.book.other(name)?];
+            Some(Compared { name, what, unit, this, other, ratio: self.book.against(name)? })
+        })
     }
 
     fn figures(&self) -> impl Iterator<Item = Measured<'_>> {
@@ -154,6 +198,7 @@ impl BenchReport {
             let spread = match goal.of {
                 Of::Figure(name) => self.book.spread(name),
                 Of::Ratio(above, below) => self.book.ratio(above, below),
+                Of::Against(name) => self.book.against(name),
             }?;
             Some(GoalResult {
                 what: self.setting.label(goal.what),
@@ -163,6 +208,11 @@ impl BenchReport {
             })
         })
     }
+}
+
+/// `0.52 (0.50 to 0.55)`.
+fn median_of(Spread { median, low, high }: Spread) -> String {
+    format!("{} ({} to {})", number(median), number(low), number(high))
 }
 
 /// Three digits or all before the point: `0.47`, `12.3`, `31,415`.
@@ -210,7 +260,8 @@ mod tests {
             servers: "private",
             events: 10,
             workers: 2,
-            best_batch: 500,
+            best_batch: Some(500),
+            against: None,
             rounds: 2,
             quick: true,
             sizes: vec![("{10k}", 1), ("{100k}", 2), ("{1m}", 3_000), ("{5m}", 4), ("{published}", 5)],

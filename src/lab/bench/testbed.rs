@@ -1,11 +1,11 @@
 //! Where the bench works: private servers, or a schema and a stream of its own on the configured ones.
 //!
-//! Either way an outbox is a schema, made by our own migration and named so that no other has its name, and a run has a
-//! stream of its own, since a stream remembers the ids that it has seen. On the configured servers both are removed at
+//! Either way an outbox is a schema, made by our own migration and named so that no other has its name (another build of
+//! this program gets a database, made by its own), and a run has a stream of its own, since a stream remembers the ids that it has seen. On the configured servers both are removed at
 //! the end, also after an error or Ctrl-C; a real outbox is never read or written. (Notifications are the database's,
 //! not the schema's: a daemon on the real outbox may look up from its sleep more often than usual.)
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
@@ -44,6 +44,8 @@ pub(super) struct Outbox {
     parts: DsnParts,
     /// Statements of sessions with this DSN are counted.
     counted_dsn: Option<String>,
+    /// The program whose daemons serve it; `None`: this one.
+    executable: Option<PathBuf>,
 }
 
 impl Outbox {
@@ -147,6 +149,7 @@ impl Testbed {
             counted_dsn: self.counts_statements.then(|| {
                 with_options(&self.dsn, &format!("-csearch_path={schema} -cpg_stat_statements.track=top"))
             }),
+            executable: None,
         };
         self.session()?.run(&format!("CREATE SCHEMA {schema}"))?;
         self.schemas.push(schema);
@@ -155,6 +158,22 @@ impl Testbed {
         database.schema = None;
         migrate::run(&database, None, &mut std::io::sink())?;
         Ok(outbox)
+    }
+
+    /// Makes an outbox in a database of its own on the private server, for another build of this program: migrated by
+    /// that program's own `migrate`, as its daemons will be of that program.
+    pub(super) fn private_database(&mut self, label: &str, executable: &Path) -> Result<Outbox> {
+        let (postgres, _) = self.servers.as_ref().context("only private servers have databases to make")?;
+        let name = format!("{}_{label}", self.name);
+        postgres.create_database(&name)?;
+        let dsn = postgres.dsn(&name);
+        let config =
+            serde_json::json!({ "database": { "dsn": dsn }, "nats": { "url": self.config.nats.servers } });
+        Program::of(executable, "bench", &config.to_string())?
+            .migrate()
+            .with_context(|| format!("by {}", executable.display()))?;
+        let parts = DsnParts::default();
+        Ok(Outbox { dsn, parts, counted_dsn: None, executable: Some(executable.to_owned()) })
     }
 
     /// A session outside all outboxes.
@@ -209,7 +228,11 @@ impl Testbed {
 
     /// Starts a daemon from `outbox` to the present stream.
     pub(super) fn start_daemon(&self, outbox: &Outbox, options: DaemonOptions) -> Result<Daemon> {
-        Program::new("bench", &self.yaml(outbox, options)?.to_string())?.run()
+        let yaml = self.yaml(outbox, options)?.to_string();
+        match &outbox.executable {
+            Some(executable) => Program::of(executable, "bench", &yaml)?.run(),
+            None => Program::new("bench", &yaml)?.run(),
+        }
     }
 
     /// The configuration of a daemon. JSON is YAML.
