@@ -79,9 +79,6 @@ fn why_kept(outcome: Dropped) -> Option<&'static str> {
         Dropped::Pending => Some("it has pending events"),
         Dropped::Discarded => Some("it has events that were discarded lately"),
         Dropped::Dead => Some("it has dead letters; retry or discard them"),
-        Dropped::Unread => {
-            Some("whether it has pending events is not known yet, as its lanes are not read so far")
-        }
         Dropped::Locked => Some("its locks were not free; tried again in the next round"),
     }
 }

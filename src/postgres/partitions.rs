@@ -45,8 +45,7 @@ pub struct Partition {
     pub bytes: i64,
     /// Rows as PostgreSQL estimates them; `None` before its first vacuum.
     pub rows: Option<i64>,
-    /// `pending`, `dead` or (newly) `discarded` when it holds such events and therefore stays; `unread` while it is not known
-    /// whether it has pending ones; else `None`.
+    /// `pending`, `dead` or (newly) `discarded` when it holds such events and therefore stays; else `None`.
     pub holds: Option<String>,
     /// Older than the retention as a whole.
     pub is_old: bool,
@@ -74,8 +73,6 @@ pub enum Dropped {
     Pending,
     /// It holds a dead letter.
     Dead,
-    /// Whether it holds a pending event is not known yet: lanes are not read so far.
-    Unread,
     /// It holds an event that was discarded less than the retention ago.
     Discarded,
     /// Its locks were not free; nobody was kept waiting for long.
@@ -185,7 +182,6 @@ impl PartitionSession {
             "young" => Ok(Dropped::Young),
             "pending" => Ok(Dropped::Pending),
             "dead" => Ok(Dropped::Dead),
-            "unread" => Ok(Dropped::Unread),
             "discarded" => Ok(Dropped::Discarded),
             "locked" => Ok(Dropped::Locked),
             other => Err(StoreError::refused(format!("outbox_drop_partition answered {other:?}"))),
