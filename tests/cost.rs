@@ -3,7 +3,7 @@
 //! it slower without noticing.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer};
 
@@ -52,19 +52,25 @@ fn a_drain_costs_what_it_should() {
     db.events("order.placed", EVENTS, 1_000);
     statements(&db);
     let wal = || db.number("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::int8");
-    let before = wal();
+    let (before, started) = (wal(), Instant::now());
     let daemon = Daemon::start(
         &Config::new(&db, &stream).set("dispatcher.batch_size", BATCH).set("dispatcher.workers", 1),
     );
     wait_until("nothing is pending", LIMIT, &[&daemon, &db], || {
         daemon.metric("outbox_events_published_total") == EVENTS as f64
     });
+    let seconds = started.elapsed().as_secs().cast_signed();
     let (wal, statements) = (wal() - before, statements(&db));
     let claims = EVENTS / BATCH;
     println!("statements: {statements} for {claims} claims; WAL: {} B an event", wal / EVENTS);
     // BEGIN, settings, lock, read, settle, COMMIT; the start takes about 80 more, and looks, gauges and the horizon a
-    // few a second. One statement more a claim would be 40 more.
-    assert!(statements < claims * 6 + 175, "{statements} statements for {claims} claims");
+    // few a second, or some tens while the one worker is slower than they are: what goes by the clock is allowed by the
+    // clock. One statement more a claim would be 40 more.
+    let by_the_clock = (seconds - 2).max(0) * 40;
+    assert!(
+        statements < claims * 6 + 175 + by_the_clock,
+        "{statements} statements for {claims} claims in {seconds} s"
+    );
     assert!(wal / EVENTS < 450, "{} B of WAL an event", wal / EVENTS);
 }
 
