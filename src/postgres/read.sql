@@ -1,0 +1,58 @@
+-- Reads the fresh events of the lanes $1, which this transaction has locked, in the order of their seq: of each up to its share
+-- of $3 events, and walking over up to $4 entries of its index, published ones included.
+--
+-- The index has an entry for every event, so a lane's read begins where $2 says. Rows come lane by lane; each lane has at
+-- least one. A row without an id says that the lane has nothing above its beginning. A row that is not fresh is the last of $4
+-- entries: the lane was read up to there. What holds events back (retries and dead letters in these lanes) is
+-- said by `held`, and so is which of the writers $7 are over, at this statement's own snapshot, by `over`.
+--
+-- Bytes are cut by the stored size, which costs nothing to know (compressed values count four times): what does not fit the
+-- lane's share of $5 is neither detoasted nor made text, but for the first event of each lane. The stored size says
+-- little of a text: a number such as 1e131071 takes 12 bytes and prints as 131,072. So whoever reads the rows counts on. A
+-- text is made once (LIMIT keeps the planner from making it again); an event with one over $6 bytes can be no message, and
+-- comes without it, with its size.
+--
+-- $1 int[]: lanes. $2 bigint[]: where each begins. $3 int: events at most. $4 bigint: entries of a lane at most. $5 bigint:
+-- bytes of payload and metadata that the claim may hold. $6 bigint: bytes that an event has at most; NULL: no texts. $7 bigint[]:
+-- ids of writers. $8 bool: dead letters hold their keys. $9 bool: the first event of a lane comes though it is alone
+-- larger than $5.
+SELECT l.lane, e.ctid, e.id, e.seq, e.created_at, e.topic, e.key_hash, e.attempts, e.fresh,
+       CASE WHEN e.bytes <= $6::bigint AND (e.bytes <= $5::bigint OR $9::bool) THEN e.metadata END AS metadata,
+       CASE WHEN e.bytes <= $6::bigint AND (e.bytes <= $5::bigint OR $9::bool) THEN e.payload END AS payload,
+       CASE WHEN e.bytes > $6::bigint THEN e.bytes END AS oversize,
+       (SELECT CASE WHEN EXISTS (SELECT FROM outboxes AS r
+                                  WHERE outbox_lane(r.topic, r.metadata)::int2 = ANY ($1::int2[])
+                                    AND r.next_attempt_at IS NOT NULL AND r.published_at IS NULL AND r.dead_at IS NULL)
+                    THEN true
+                    WHEN $8::bool THEN EXISTS (SELECT FROM outboxes AS d
+                                                WHERE d.dead_at IS NOT NULL AND d.discarded_at IS NULL)
+                    ELSE false END) AS held,
+       (SELECT array_agg(xid) FROM unnest($7::bigint[]) AS asked(xid)
+         WHERE pg_visible_in_snapshot(xid::text::xid8, pg_current_snapshot())) AS over
+  FROM unnest($1::int[], $2::bigint[]) WITH ORDINALITY AS l(lane, start, turn)
+  LEFT JOIN LATERAL (
+       SELECT texts.*, (octet_length(texts.payload) + coalesce(octet_length(texts.metadata), 0))::bigint AS bytes
+         FROM (
+       SELECT walk.ctid, walk.id, walk.seq, walk.created_at, walk.fresh,
+              CASE WHEN $6::bigint IS NOT NULL THEN walk.topic ELSE '' END AS topic,
+              outbox_key_hash(walk.topic, walk.metadata) AS key_hash, coalesce(walk.attempts, 0) AS attempts,
+              CASE WHEN walk.fresh AND $6::bigint IS NOT NULL AND (walk.stored_so_far <= $5::bigint / cardinality($1) OR walk.stored_so_far = walk.stored)
+                   THEN walk.metadata::text END AS metadata,
+              CASE WHEN walk.fresh AND $6::bigint IS NOT NULL AND (walk.stored_so_far <= $5::bigint / cardinality($1) OR walk.stored_so_far = walk.stored)
+                   THEN walk.payload::text END AS payload
+         FROM (
+       SELECT walked.*,
+              row_number() OVER (ROWS UNBOUNDED PRECEDING) AS place,
+              sum(CASE WHEN walked.fresh THEN walked.stored ELSE 0 END) OVER (ROWS UNBOUNDED PRECEDING) AS stored_so_far
+         FROM (
+       SELECT o.ctid, o.id, o.seq, o.created_at, o.topic, o.metadata, o.payload, o.attempts,
+              o.published_at IS NULL AND o.dead_at IS NULL AND o.next_attempt_at IS NULL AS fresh,
+              pg_column_size(o.payload) * CASE WHEN pg_column_compression(o.payload) IS NULL THEN 1 ELSE 4 END
+                  + coalesce(pg_column_size(o.metadata)
+                             * CASE WHEN pg_column_compression(o.metadata) IS NULL THEN 1 ELSE 4 END, 0) AS stored
+         FROM outboxes AS o
+        WHERE outbox_lane(o.topic, o.metadata) = l.lane AND o.seq > l.start
+        ORDER BY o.seq
+        LIMIT $4::bigint) AS walked) AS walk
+        WHERE walk.fresh OR walk.place = $4::bigint
+        LIMIT ($3::int + cardinality($1) - l.turn) / cardinality($1)) AS texts) AS e ON true
