@@ -3,7 +3,7 @@
 //! it slower without noticing.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer};
 
@@ -52,19 +52,25 @@ fn a_drain_costs_what_it_should() {
     db.events("order.placed", EVENTS, 1_000);
     statements(&db);
     let wal = || db.number("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::int8");
-    let before = wal();
+    let (before, started) = (wal(), Instant::now());
     let daemon = Daemon::start(
         &Config::new(&db, &stream).set("dispatcher.batch_size", BATCH).set("dispatcher.workers", 1),
     );
     wait_until("nothing is pending", LIMIT, &[&daemon, &db], || {
         daemon.metric("outbox_events_published_total") == EVENTS as f64
     });
+    let seconds = started.elapsed().as_secs().cast_signed();
     let (wal, statements) = (wal() - before, statements(&db));
     let claims = EVENTS / BATCH;
     println!("statements: {statements} for {claims} claims; WAL: {} B an event", wal / EVENTS);
     // BEGIN, settings, lock, read, settle, COMMIT; the start takes about 80 more, and looks, gauges and the horizon a
-    // few a second. One statement more a claim would be 40 more.
-    assert!(statements < claims * 6 + 175, "{statements} statements for {claims} claims");
+    // few a second, or some tens while the one worker is slower than they are: what goes by the clock is allowed by the
+    // clock. One statement more a claim would be 40 more.
+    let by_the_clock = (seconds - 2).max(0) * 40;
+    assert!(
+        statements < claims * 6 + 175 + by_the_clock,
+        "{statements} statements for {claims} claims in {seconds} s"
+    );
     assert!(wal / EVENTS < 450, "{} B of WAL an event", wal / EVENTS);
 }
 
@@ -109,12 +115,12 @@ fn the_first_event_finds_its_claim_planned() {
         .client()
         .query_one(
             "SELECT sum(calls)::int8, sum(plans)::int8 FROM pg_stat_statements
-              WHERE query ~ 'SKIP LOCKED|stored_so_far|UPDATE outboxes' AND query !~ 'pg_stat_statements'",
+              WHERE query ~ 'FROM outbox_lanes|first_fresh|bytes_so_far|UPDATE outboxes' AND query !~ 'pg_stat_statements'",
             &[],
         )
         .unwrap();
     let (calls, plans): (i64, i64) = (counted.get(0), counted.get(1));
-    assert!(calls >= 3, "{calls}: it is locked, read and settled");
+    assert!(calls >= 4, "{calls}: it is found, locked, read and settled");
     assert_eq!(plans, 0, "plans were made while it waited");
 }
 
@@ -125,8 +131,8 @@ fn an_idle_daemon_leaves_the_database_alone() {
     db.events("order.placed", 1_000, 100);
     let daemon = Daemon::start(&Config::new(&db, &stream));
     wait_until("nothing is pending", LIMIT, &[&daemon, &db], || db.pending() == 0);
-    // What follows the last event: a sample, a look, the sleep lock, and a pass of the sweep.
-    thread::sleep(Duration::from_secs(25));
+    // What follows the last event: the look from the beginning, the sleep lock.
+    thread::sleep(Duration::from_secs(3));
     statements(&db);
     let seconds = 10;
     thread::sleep(Duration::from_secs(seconds));

@@ -6,34 +6,37 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::lane::marks::{Basis, LaneEnd, Marks};
-use crate::lane::writers::WriterSample;
+use crate::lane::marks::{Basis, Cursors};
 use crate::lane::{ByLane, LANES, by_lane};
-use crate::postgres::{Claim, Looked, StoreError};
+use crate::postgres::{LaneEnd, LaneLook, ServerLife, StoreError};
 use crate::publish::{Finished, Job, ReadSummary};
 
 /// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
 pub(super) const REST_MIN: Duration = Duration::from_millis(5);
+/// Time between two readings of the horizon while claims are made.
+const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two looks while lanes with events are known: how long a lane may wait to be found behind them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Shortest and longest rest while claims are under way; it doubles while nothing is found. Should the instance that
 /// has them die, its lanes are found after the longest at the latest.
 const NAP: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
+/// Time between two looks from the beginning, which may cost more than others.
+pub(super) const REWIND_INTERVAL: Duration = Duration::from_secs(1);
 /// A rest after which a wake-up is likely to mean a few events. Between the claims of a load there are shorter ones, and
 /// a claim of the first few events that have come would only be one more.
 const LONG_REST: Duration = Duration::from_millis(10);
 /// Events that are worth a claim of their own. Each costs PostgreSQL and us some 2 ms whatever it holds, as much as 50
 /// events do.
 const WORTH_A_CLAIM: f64 = 250.0;
-/// Events that are plenty for a claim, which reads on until it has so many.
-const PLENTY: i32 = 1_000;
 /// How much larger each next claim is of a lane in which one has failed.
 const CARE_GROWTH: i32 = 4;
 
 /// What the claimer knows of the lanes, and when it learnt it.
 pub(super) struct Search {
-    pub(super) marks: Marks,
+    pub(super) cursors: Cursors,
     pub(super) care: Care,
+    /// The life of the server that the cursors belong to.
+    pub(super) server: ServerLife,
     /// Lanes that have something and that no worker of ours has; the one that waits longest comes first.
     pub(super) ready: VecDeque<i32>,
     /// Lanes that a worker of ours has.
@@ -58,19 +61,22 @@ pub(super) struct Search {
     /// Where the next look begins.
     first_lane: i32,
     looked_at: Option<Instant>,
-    /// Claims were made, or a rest has ended, since the last sample was asked for.
-    pub(super) wants_sample: bool,
-    /// When the last whole sample was asked for.
-    pub(super) sampled_at: Option<Instant>,
-    /// When the next retry of a lane that is not ours is due, by the last look.
-    next_due: Option<Instant>,
+    horizon_at: Option<Instant>,
+    rewound_at: Instant,
+    /// Claims were made since the last look from the beginning.
+    pub(super) claimed_since_rewind: bool,
+    /// Claims were made since the last reading of the horizon.
+    claimed_since_horizon: bool,
+    /// It was said that cursors cannot be had.
+    without_cursors: bool,
 }
 
 impl Search {
-    pub(super) fn new() -> Search {
+    pub(super) fn new(now: Instant) -> Search {
         Search {
-            marks: Marks::default(),
+            cursors: Cursors::default(),
             care: Care::default(),
+            server: ServerLife::default(),
             ready: VecDeque::new(),
             claimed: by_lane(false),
             idle_workers: 0,
@@ -84,9 +90,11 @@ impl Search {
             look_at_once: false,
             first_lane: fastrand::i32(0..LANES),
             looked_at: None,
-            wants_sample: true,
-            sampled_at: None,
-            next_due: None,
+            horizon_at: None,
+            rewound_at: now,
+            claimed_since_rewind: false,
+            claimed_since_horizon: false,
+            without_cursors: false,
         }
     }
 
@@ -94,22 +102,22 @@ impl Search {
     pub(super) fn finished(&mut self, finished: Finished) {
         self.idle_workers += 1;
         self.bytes_in_flight = self.bytes_in_flight.saturating_sub(finished.bytes);
-        for &lane in &finished.lanes {
-            self.set_claimed(lane, false);
-        }
-        self.wants_sample |= !finished.lanes.is_empty();
         if finished.database_failed {
-            self.look_anew();
+            self.forget();
         }
-        let (mut more, mut lanes) = (false, finished.lanes.len());
-        if let Some((basis, ends)) = &finished.ends {
-            lanes = ends.len();
-            more = self.ended(basis, ends);
+        let Some(basis) = finished.basis else { return };
+        for end in &finished.lanes {
+            self.set_claimed(end.lane, false);
+            self.cursors.advance(basis, end.lane, end.reach);
+            if end.more {
+                self.ready.push_back(end.lane);
+            }
         }
         match finished.read {
-            Some(Ok(summary)) => self.was_read(summary, lanes, more),
+            Some(Ok(summary)) => self.was_read(summary, &finished.lanes),
             Some(Err(error)) => {
-                if let Err(error) = self.claim_failed(&finished.lanes, error) {
+                let lanes: Vec<i32> = finished.lanes.iter().map(|end| end.lane).collect();
+                if let Err(error) = self.claim_failed(&lanes, error) {
                     self.news.failed = Some(error);
                 }
             }
@@ -117,32 +125,15 @@ impl Search {
         }
     }
 
-    /// A claim's lanes ended so; returns whether there may be more in one of them.
-    fn ended(&mut self, basis: &Basis, ends: &[LaneEnd]) -> bool {
-        for end in ends {
-            self.marks.ended(basis, end);
-            if end.more && !self.ready.contains(&end.lane) {
-                self.ready.push_back(end.lane);
-            }
-        }
-        ends.iter().any(|end| end.more)
-    }
-
-    /// The claimer itself has read a lane, and there was nothing.
-    pub(super) fn read_nothing(&mut self, claim: &Claim) {
-        self.ended(&claim.basis(), &claim.ends([]));
-    }
-
-    fn was_read(&mut self, summary: ReadSummary, lanes: usize, more: bool) {
+    fn was_read(&mut self, summary: ReadSummary, lanes: &[LaneEnd]) {
         self.news.worked = true;
         if let Some(lane) = summary.too_large {
             self.care.failed(&[lane]);
-        }
-        if summary.events > 0 {
-            self.weigh(summary.events, lanes, more);
-        } else if summary.too_large.is_none() && !more {
+        } else if summary.events == 0 {
             self.news.in_vain = true;
             self.nap = self.nap.max(self.nap_before);
+        } else {
+            self.weigh(summary.events, lanes.len(), lanes.iter().any(|lane| lane.more));
         }
     }
 
@@ -166,25 +157,49 @@ impl Search {
         std::mem::take(&mut self.news)
     }
 
-    /// The server is another, or began anew: nothing that is known holds.
+    /// A connection was lost, or the server is another: nothing that is known holds.
     pub(super) fn forget(&mut self) {
-        self.marks.forget();
-        self.wants_sample = true;
-        self.look_anew();
-    }
-
-    /// Something failed: what is known of who has something may be old.
-    pub(super) fn look_anew(&mut self) {
+        self.cursors.clear();
         self.ready.clear();
         self.looked_at = None;
+        self.horizon_at = None;
     }
 
-    /// Takes in a sample of the writers, which was asked for at `asked_at`.
-    pub(super) fn sampled(&mut self, sample: &WriterSample, asked_at: Instant) {
-        if self.marks.observe(sample) {
-            self.look_anew();
+    /// Begins at the beginning of every lane if that was not done for `interval`; returns whether it does.
+    pub(super) fn rewind_after(&mut self, interval: Duration, now: Instant) -> bool {
+        let due = now.saturating_duration_since(self.rewound_at) >= interval;
+        if due {
+            self.cursors.rewind();
+            self.rewound_at = now;
+            self.claimed_since_rewind = false;
         }
-        self.sampled_at = Some(asked_at);
+        due
+    }
+
+    /// Time until a look from the beginning may be made, if one should be made before a long rest.
+    pub(super) fn next_rewind(&self, now: Instant) -> Option<Duration> {
+        let rest = REWIND_INTERVAL.saturating_sub(now.saturating_duration_since(self.rewound_at));
+        self.claimed_since_rewind.then_some(rest.max(REST_MIN))
+    }
+
+    /// Events can appear below any bound, so every read begins at the beginning.
+    pub(super) fn go_without_cursors(&mut self) {
+        self.cursors.clear();
+        if !std::mem::replace(&mut self.without_cursors, true) {
+            log::warn!(
+                "claims read every lane from its beginning, which is slow: outboxes.seq must have a sequence of its own with CACHE 1"
+            );
+        }
+    }
+
+    pub(super) fn horizon_is_due(&mut self, now: Instant) -> bool {
+        let long_ago = |at: Instant| now.saturating_duration_since(at) >= HORIZON_INTERVAL;
+        let due = self.claimed_since_horizon && self.horizon_at.is_none_or(long_ago);
+        if due {
+            self.horizon_at = Some(now);
+            self.claimed_since_horizon = false;
+        }
+        due
     }
 
     pub(super) fn look_is_due(&mut self, now: Instant) -> bool {
@@ -210,36 +225,16 @@ impl Search {
         lanes
     }
 
-    /// Takes in a look.
-    pub(super) fn looked(&mut self, looked: &Looked) {
-        for &(lane, claimable) in &looked.lanes {
-            if claimable {
-                self.is_ready([lane]);
-            } else {
-                self.marks.looked(lane);
+    /// Takes in a look that began with `basis`.
+    pub(super) fn found(&mut self, basis: Basis, found: &[LaneLook]) {
+        for lane in found {
+            if let Some(reach) = lane.reach {
+                self.cursors.advance(basis, lane.lane, reach);
+            }
+            if lane.claimable && !self.ready.contains(&lane.lane) {
+                self.ready.push_back(lane.lane);
             }
         }
-    }
-
-    /// These lanes have something to claim.
-    pub(super) fn is_ready(&mut self, lanes: impl IntoIterator<Item = i32>) {
-        for lane in lanes {
-            if !self.ready.contains(&lane) && !self.is_claimed(lane) {
-                self.ready.push_back(lane);
-            }
-        }
-    }
-
-    /// The lanes that have events in retry, each with the time until the first is due.
-    pub(super) fn due(&mut self, lanes: &[(i32, Duration)], now: Instant) {
-        self.is_ready(lanes.iter().filter(|(_, due)| due.is_zero()).map(|(lane, _)| *lane));
-        self.next_due =
-            lanes.iter().map(|(_, due)| *due).filter(|due| !due.is_zero()).min().map(|due| now + due);
-    }
-
-    /// Time until the next retry is due; `None` when none is.
-    pub(super) fn next_due(&self, now: Instant) -> Option<Duration> {
-        self.next_due.map(|at| at.saturating_duration_since(now))
     }
 
     /// There is nothing to claim.
@@ -254,15 +249,11 @@ impl Search {
     }
 
     /// Takes the share of one free worker from the lanes that are ready, for a claim of `batch` events at most: as many
-    /// as each of the free workers can have, or more where that would hardly be worth a claim, or fewer where these have
-    /// plenty: a settle finds room on an event's own page only while few of that page's events are settled at about the same
-    /// time, by all workers together, and the events of a page are of any lane. With 5 workers and 4 lanes a claim 15 % of the
-    /// updates kept to their page.
+    /// as each of the free workers can have, or more where that would hardly be worth a claim.
     pub(super) fn take_share(&mut self, batch: i32) -> Vec<i32> {
         let alike = self.ready.len().div_ceil(self.idle_workers.max(1));
         let worthwhile = (WORTH_A_CLAIM.min(f64::from(batch)) / self.events_a_lane).ceil() as usize;
-        let plenty = (f64::from(batch.max(PLENTY)) / self.events_a_lane).max(1.0) as usize;
-        let share = alike.min(plenty).max(worthwhile);
+        let share = alike.max(worthwhile);
         let share = self.care.alike(self.ready.iter().copied().take(share));
         self.ready.drain(..share).collect()
     }
@@ -280,11 +271,11 @@ impl Search {
     /// A claim went to a worker; returns for how long there was always something to claim.
     pub(super) fn sent(&mut self, job: &Job, now: Instant) -> Duration {
         self.idle_workers = self.idle_workers.saturating_sub(1);
-        self.wants_sample = true;
+        self.claimed_since_rewind = true;
+        self.claimed_since_horizon = true;
         self.bytes_in_flight += job.bytes;
-        for lane in job.lanes() {
+        for &lane in job.lanes() {
             self.set_claimed(lane, true);
-            self.marks.claimed(lane);
         }
         self.nap_before = std::mem::take(&mut self.nap);
         self.resting_since = None;
@@ -293,7 +284,7 @@ impl Search {
 
     /// A claim had so many events in so many lanes, and perhaps there were more.
     fn weigh(&mut self, events: usize, lanes: usize, more: bool) {
-        let found = if more { f64::from(PLENTY) } else { events as f64 / lanes.max(1) as f64 };
+        let found = if more { WORTH_A_CLAIM } else { events as f64 / lanes.max(1) as f64 };
         self.events_a_lane = f64::midpoint(self.events_a_lane, found).max(1.0);
     }
 
@@ -396,8 +387,7 @@ impl Care {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lane::marks::LaneRow;
-    use std::sync::Arc;
+    use crate::lane::marks::BEGINNING;
 
     /// What a claim of what is ready would be: how many lanes, and how many events of them.
     fn next(care: &Care, ready: &[i32]) -> (usize, i32) {
@@ -430,12 +420,11 @@ mod tests {
 
     #[test]
     fn how_workers_read_is_taken_in() {
-        let mut search = Search::new();
+        let mut search = Search::new(Instant::now());
         let read = |search: &mut Search, lane: i32, more: bool, read: Result<ReadSummary, StoreError>| {
-            let end =
-                LaneEnd { lane, row: LaneRow::default(), reached: None, left_out: Arc::default(), more };
-            let ends = read.is_ok().then(|| (search.marks.basis(), vec![end]));
-            search.finished(Finished { lanes: vec![lane], ends, read: Some(read), ..Finished::default() });
+            let lanes = vec![LaneEnd { lane, reach: BEGINNING, more }];
+            let basis = Some(search.cursors.basis());
+            search.finished(Finished { basis, lanes, read: Some(read), ..Finished::default() });
         };
         let error = |sqlstate: Option<&str>, outage: bool| StoreError {
             text: "it fails".into(),
@@ -463,7 +452,7 @@ mod tests {
 
     #[test]
     fn a_share_is_worth_a_claim() {
-        let mut search = Search::new();
+        let mut search = Search::new(Instant::now());
         let share = |search: &mut Search, batch: i32| {
             search.ready = (0..LANES).collect();
             search.idle_workers = 4;
@@ -483,13 +472,12 @@ mod tests {
         for _ in 0..40 {
             search.weigh(100, 64, true);
         }
-        assert_eq!(share(&mut search, 100), 1, "where there is more, one lane has plenty");
-        assert_eq!(share(&mut search, 5_000), 5, "so have few for a claim that may have more");
+        assert_eq!(share(&mut search, 100), 16, "where there is more, every worker has a part");
     }
 
     #[test]
     fn one_large_event_leaves_no_room_and_shares_always_do() {
-        let mut search = Search::new();
+        let mut search = Search::new(Instant::now());
         assert!(!search.has_no_room(64, 16), "with nothing in flight there is always room");
         for (in_flight, full) in [(16, false), (48, false), (49, true), (1_000, true)] {
             search.bytes_in_flight = in_flight;

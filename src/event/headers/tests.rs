@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::*;
-use crate::event::Place;
 use crate::event::header_rules::{MAX_NAME_CHARS, MAX_NAMED, Reason, is_token};
 
 fn policy() -> HeaderPolicy {
@@ -23,8 +22,7 @@ fn event(metadata: &str) -> Event {
         seq: 81_231,
         created_at: 0,
         topic: "order.placed".to_owned(),
-        key_hash: 1,
-        place: Place::default(),
+        key: "k".to_owned(),
         lane: 0,
         metadata: Some(metadata.to_owned()),
         payload: "{}".to_owned(),
