@@ -13,6 +13,9 @@
 //! `dispatcher.shutdown_grace`; http last, so that probes are answered to the end. What is not finished then is
 //! rolled back by PostgreSQL when the process and with it the connection ends.
 
+mod parts;
+mod threads;
+
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
@@ -28,9 +31,6 @@ use crate::ops::health::Health;
 use crate::ops::metrics::Metrics;
 use crate::postgres::Store;
 use crate::publish::DrainCount;
-
-mod parts;
-mod threads;
 
 use self::parts::Parts;
 use self::threads::{Running, Threads};

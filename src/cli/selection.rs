@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::command::filter;
 use crate::postgres::Selection;
 
-/// SelectionFlags events, by what both kinds of selection have; what is given must all fit.
+/// Which events, by what both kinds of selection have; what is given must all fit.
 #[derive(Args)]
 pub(super) struct SelectionFlags {
     /// Ids of the events.
@@ -46,7 +46,7 @@ impl SelectionFlags {
     }
 }
 
-/// SelectionFlags dead letters.
+/// Which dead letters.
 #[derive(Args)]
 pub(super) struct DeadFlags {
     #[command(flatten)]
@@ -73,7 +73,7 @@ impl DeadFlags {
     }
 }
 
-/// SelectionFlags published events.
+/// Which published events.
 #[derive(Args)]
 pub(super) struct PublishedFlags {
     #[command(flatten)]

@@ -67,7 +67,7 @@ impl PostgresServer {
 
     /// Starts a second server that copies `primary` and goes on to follow it, read-only, by streaming replication.
     ///
-    /// An error is as for [`Postgres::start`], or what pg_basebackup said.
+    /// An error is as for [`PostgresServer::start`], or what pg_basebackup said.
     pub fn start_replica(primary: &PostgresServer, options: &PostgresOptions) -> Result<PostgresServer> {
         let mut replica = PostgresServer::prepare(options, primary.password.clone())?;
         let output = replica
@@ -133,7 +133,8 @@ impl PostgresServer {
         })
     }
 
-    /// Starts the server again, on the same port and data, after [`Postgres::stop`] or [`Postgres::kill`].
+    /// Starts the server again, on the same port and data, after [`PostgresServer::stop`] or
+    /// [`PostgresServer::kill`].
     pub fn start_again(&mut self) -> Result<()> {
         ensure!(self.server.child.is_none(), "start postgres: it is running");
         ensure!(self.start_once()?, "start postgres: port {} was taken meanwhile", self.port);
