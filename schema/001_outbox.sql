@@ -39,8 +39,18 @@ DECLARE
     adopting text := coalesce(nullif(current_setting('pg_outbox.adopt', true), ''), 'no');
 BEGIN
     IF to_regclass(format('%I.outbox_schema', current_schema())) IS NOT NULL THEN
-        IF EXISTS (SELECT FROM outbox_schema WHERE version = 1) THEN
+        -- A copy without data, or what is left where somebody emptied all tables.
+        IF NOT EXISTS (SELECT FROM outbox_schema)
+           AND to_regprocedure(format('%I.outbox_mend_lanes()', current_schema())) IS NOT NULL THEN
+            PERFORM outbox_mend_lanes();
+        END IF;
+        IF EXISTS (SELECT FROM outbox_schema WHERE version = 2) THEN
             RETURN;
+        END IF;
+        IF adopting = 'no' AND EXISTS (SELECT FROM outbox_schema) THEN
+            RAISE EXCEPTION 'the outbox in schema % has a former shape, from before the first release', current_schema()
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                      HINT = 'Stop every pg-outbox that works on it, and run pg-outbox migrate --adopt (--dry-run shows how).';
         END IF;
     END IF;
 
@@ -49,6 +59,12 @@ BEGIN
             USING ERRCODE = 'duplicate_table',
                   HINT = 'If it is an outbox, pg-outbox migrate --adopt takes it over as it is (--dry-run shows how). '
                          'Otherwise rename it, or install the outbox into a schema of its own.';
+    END IF;
+
+    -- An adoption that was interrupted has some of this already, and a former shape has its outbox_key: that stays as it is,
+    -- and with it the order.
+    IF to_regprocedure(format('%I.outbox_key(text, jsonb)', current_schema())) IS NOT NULL THEN
+        ordering := CASE outbox_key('t', '{"ordering-key": "k"}') WHEN 'k' THEN 'key' WHEN 't' THEN 'topic' ELSE 'all' END;
     END IF;
 
     -- The body must not be a constant, also for 'all': an index on a constant cannot be searched by lane.
@@ -66,35 +82,45 @@ BEGIN
         version    int PRIMARY KEY,
         applied_at timestamptz NOT NULL DEFAULT now()
     );
+    -- Every claim reads it, whatever its role was granted.
+    GRANT SELECT ON outbox_schema TO PUBLIC;
 
     -- Key and lane ---------------------------------------------------------------------------------------
     --
     -- The planner puts the bodies in place of the calls, so an INSERT pays for an expression, not for a
     -- function. They name nothing outside pg_catalog: they run in the writer's session, whose search_path
-    -- is anything, and in a restore, whose search_path is empty. The lane repeats the key's expression for
-    -- that reason. md5, as hashtext may change with a major version, and a lane that changes hides events.
+    -- is anything, and in a restore, whose search_path is empty. Lane and hash repeat the key's expression for
+    -- that reason. hashtextextended is what hash partitioning stands on, so no major version may change it; it is
+    -- cheaper than md5, and works where FIPS forbids that. Its collation is "C", which sees bytes and nothing else.
 
-    -- An adoption that was interrupted has them already; what its indexes are built on must not change.
-    IF to_regprocedure('outbox_key(text, jsonb)') IS NOT NULL THEN
-        RETURN;
+    IF to_regprocedure(format('%I.outbox_key(text, jsonb)', current_schema())) IS NULL THEN
+        EXECUTE format($sql$
+            CREATE FUNCTION outbox_key(topic text, metadata jsonb) RETURNS text
+            LANGUAGE sql IMMUTABLE PARALLEL SAFE
+            RETURN %s
+        $sql$, key_expression);
     END IF;
 
-    EXECUTE format($sql$
-        CREATE FUNCTION outbox_key(topic text, metadata jsonb) RETURNS text
-        LANGUAGE sql IMMUTABLE PARALLEL SAFE
-        RETURN %s
-    $sql$, key_expression);
-
-    EXECUTE format($sql$
-        CREATE FUNCTION outbox_lane(topic text, metadata jsonb) RETURNS int
-        LANGUAGE sql IMMUTABLE PARALLEL SAFE
-        RETURN pg_catalog.get_byte(pg_catalog.decode(pg_catalog.md5(%s), 'hex'), 0) OPERATOR(pg_catalog.&) 63
-    $sql$, key_expression);
+    -- What an index is built on must not change under it.
+    IF to_regprocedure(format('%I.outbox_key_hash(text, jsonb)', current_schema())) IS NULL THEN
+        EXECUTE format($sql$
+            CREATE FUNCTION outbox_key_hash(topic text, metadata jsonb) RETURNS bigint
+            LANGUAGE sql IMMUTABLE PARALLEL SAFE
+            RETURN pg_catalog.hashtextextended((%s) COLLATE pg_catalog."C", 0)
+        $sql$, key_expression);
+        EXECUTE format($sql$
+            CREATE FUNCTION outbox_lane(topic text, metadata jsonb) RETURNS int
+            LANGUAGE sql IMMUTABLE PARALLEL SAFE
+            RETURN (pg_catalog.hashtextextended((%s) COLLATE pg_catalog."C", 0) OPERATOR(pg_catalog.&) 63)::int
+        $sql$, key_expression);
+    END IF;
 
     -- A time-ordered id (RFC 9562, version 7): neighbours in time are neighbours in the primary key, so a
     -- settle touches few of its pages. The text is 48 bits of milliseconds, the digit 7, 12 bits of the
     -- fraction of the millisecond, and the second half of a random id, which carries the variant.
-    IF current_setting('server_version_num')::int < 180000 THEN
+    IF current_setting('server_version_num')::int < 180000
+       AND to_regprocedure(format('%I.outbox_uuid()', current_schema())) IS NULL
+    THEN
         CREATE FUNCTION outbox_uuid() RETURNS uuid
         LANGUAGE sql VOLATILE PARALLEL SAFE
         RETURN overlay(
@@ -107,7 +133,8 @@ BEGIN
     END IF;
 
     -- Open to everybody, also where the default privileges are not: an INSERT calls them in the writer's name.
-    GRANT EXECUTE ON FUNCTION outbox_key(text, jsonb), outbox_lane(text, jsonb) TO PUBLIC;
+    GRANT EXECUTE ON FUNCTION outbox_key(text, jsonb), outbox_key_hash(text, jsonb), outbox_lane(text, jsonb)
+        TO PUBLIC;
 END
 $migration$;
 
@@ -139,52 +166,53 @@ BEGIN
             discarded_by    text,
             discard_reason  text,
             PRIMARY KEY (id, created_at),
+            -- A published event has passed both: so the UPDATE that settles it does not pay for them.
             CONSTRAINT outboxes_metadata_is_object
-                CHECK (jsonb_typeof(metadata) = 'object'),
+                CHECK (published_at IS NOT NULL OR jsonb_typeof(metadata) = 'object'),
             -- The collation makes the classes those of ASCII, which are the ones NATS looks at.
             CONSTRAINT outboxes_topic_is_literal_subject
-                CHECK (topic COLLATE "C" ~ '^[^.*>[:space:][:cntrl:]]+([.][^.*>[:space:][:cntrl:]]+)*$')
+                CHECK (published_at IS NOT NULL OR topic COLLATE "C" ~ '^[^.*>[:space:][:cntrl:]]+([.][^.*>[:space:][:cntrl:]]+)*$')
         ) PARTITION BY RANGE (created_at)
     $sql$, default_id);
 
-    -- What claims search. The planner must never have a choice: a claim's plan is kept for the life of its
-    -- connection, and one made while a partition is empty would find any index as good as the other. So
-    -- each search in a claim implies the predicate of one of these indexes and of no other; the odd form of
-    -- the third one's is for that. None is on published_at, topic or attempts: it would cost every settle.
+    -- What claims search. No index mentions published_at, attempts or last_error, be it in a key or in a predicate:
+    -- so the UPDATE that settles an event touches no index at all, and PostgreSQL keeps the new version on the row's own
+    -- page (a heap-only tuple), where it needs no vacuum.
     --
-    -- Fresh events, neither published nor dead nor in retry: the hot one. An event that is published at its
-    -- first attempt is never in the others.
-    CREATE INDEX outboxes_fresh_by_lane
-        ON outboxes (outbox_lane(topic, metadata), seq)
-        WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NULL;
+    -- The planner must never have a choice: a claim's plan is kept for the life of its connection, and one made while a
+    -- partition is empty would find any index as good as the other. So each search names an expression that one index
+    -- has and no other; the cast in the second one and the odd predicate of the third are for that.
+    --
+    -- Every event of a lane in order: the hot one. A read begins behind what is settled (outbox_lanes.settled_to).
+    CREATE INDEX outboxes_by_lane
+        ON outboxes (outbox_lane(topic, metadata), seq);
 
     -- Events in retry by the time they are due.
     CREATE INDEX outboxes_retry_by_lane
-        ON outboxes (outbox_lane(topic, metadata), next_attempt_at)
-        WHERE published_at IS NULL AND dead_at IS NULL AND next_attempt_at IS NOT NULL;
+        ON outboxes ((outbox_lane(topic, metadata)::int2), next_attempt_at, seq)
+        WHERE next_attempt_at IS NOT NULL;
 
-    -- Events in retry by the key they hold. A key can be longer than an index entry; its md5 stands for it.
+    -- Events in retry by the key they hold.
     CREATE INDEX outboxes_retry_by_key
-        ON outboxes (md5(outbox_key(topic, metadata)), seq)
-        WHERE published_at IS NULL AND dead_at IS NULL AND isfinite(next_attempt_at) IS NOT NULL;
+        ON outboxes (outbox_key_hash(topic, metadata), seq)
+        WHERE isfinite(next_attempt_at) IS NOT NULL;
 
     -- Dead letters by the key they hold, and for the operator who lists them. One that was discarded is none any
     -- more: it holds no key, and counts for nothing.
     CREATE INDEX outboxes_dead_by_key
-        ON outboxes (md5(outbox_key(topic, metadata)), seq)
-        WHERE published_at IS NULL AND dead_at IS NOT NULL AND discarded_at IS NULL;
+        ON outboxes (outbox_key_hash(topic, metadata), seq)
+        WHERE dead_at IS NOT NULL AND discarded_at IS NULL;
 
     -- Discarded events by the time of that, for retention, and for the operator who asks what became of them.
     CREATE INDEX outboxes_discarded_by_time
         ON outboxes (discarded_at)
         WHERE discarded_at IS NOT NULL;
 
-    -- Takes what no monthly partition takes, so that an insert never fails for want of one. Vacuum: an event
-    -- is inserted once and updated once, and what the update leaves behind is what the next claim walks
-    -- over, so it should go early, not when a fifth of a month is dead. fillfactor would not help: the
-    -- settle changes a column that an index mentions, so no update of it can be HOT.
+    -- Takes what no monthly partition takes, so that an insert never fails for want of one. fillfactor: a heap-only
+    -- tuple needs room on the page of the row that it replaces. Vacuum has little to do beside that, and should do it
+    -- early, not when a fifth of a month is dead.
     CREATE TABLE outboxes_default PARTITION OF outboxes DEFAULT
-        WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+        WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
               autovacuum_analyze_scale_factor = 0.05);
 
 END
@@ -197,21 +225,61 @@ DECLARE
     function text;
     commented record;
 BEGIN
-    IF adopting = 'prepare' OR EXISTS (SELECT FROM outbox_schema WHERE version = 1) THEN
+    IF adopting = 'prepare' OR EXISTS (SELECT FROM outbox_schema WHERE version = 2) THEN
         RETURN;
     END IF;
 
     -- Privileges: INSERT on the table is all that a writer needs; its number is everybody's.
-    EXECUTE format('GRANT USAGE ON SEQUENCE %s TO PUBLIC', pg_get_serial_sequence('outboxes', 'seq'));
+    EXECUTE format('GRANT USAGE, SELECT ON SEQUENCE %s TO PUBLIC', pg_get_serial_sequence('outboxes', 'seq'));
 
     -- The lanes ------------------------------------------------------------------------------------------
     --
-    -- A claim locks rows of this table and never changes them.
+    -- A claim locks rows of this table. settled_to is the lane's mark: no event at or below it can appear any more, and
+    -- all of them are settled. Claims begin above it, and write it in their own transaction, at most once in 10 s a lane:
+    -- while an old snapshot lives, every version of a row that it might see stays, and each lock walks over them. It counts for the
+    -- sequence that it was written with, told by its file, as TRUNCATE ... RESTART IDENTITY begins anew. sweeps counts
+    -- events that were found pending below it.
 
     CREATE TABLE outbox_lanes (
-        lane int PRIMARY KEY CHECK (lane BETWEEN 0 AND 63)
-    );
+        lane          int         PRIMARY KEY CHECK (lane BETWEEN 0 AND 63),
+        settled_to    bigint      NOT NULL DEFAULT -9223372036854775808,
+        sequence_file bigint      NOT NULL DEFAULT 0,
+        marked_at     timestamptz NOT NULL DEFAULT '-infinity',
+        sweeps        int         NOT NULL DEFAULT 0
+    ) WITH (fillfactor = 20);
     INSERT INTO outbox_lanes SELECT lane FROM generate_series(0, 63) AS lane;
+
+    -- The sequence behind seq: its file, and the last number that was drawn from it. Not pg_sequence_last_value, which
+    -- takes the very lock by which writers are told.
+    EXECUTE format($sql$
+        CREATE FUNCTION outbox_sequence() RETURNS TABLE (file bigint, last_value bigint)
+        LANGUAGE sql STABLE PARALLEL SAFE
+        BEGIN ATOMIC
+            SELECT pg_catalog.pg_relation_filenode(%1$L::pg_catalog.regclass)::bigint,
+                   CASE WHEN s.is_called THEN s.last_value ELSE s.last_value OPERATOR(pg_catalog.-) 1 END
+              FROM %1$s AS s;
+        END
+    $sql$, pg_get_serial_sequence('outboxes', 'seq'));
+    GRANT EXECUTE ON FUNCTION outbox_sequence() TO PUBLIC;
+
+    -- Puts missing lanes back, with nothing marked, and returns how many. Nobody knows what else was lost with a row: a find
+    -- of the sweep that no instance has seen yet, or a restore that went with it. So each gets a count of sweeps that no
+    -- instance can remember, and all of them read the lane from its beginning. The version of the schema goes where all
+    -- tables are emptied, and comes back as well.
+    CREATE FUNCTION outbox_mend_lanes() RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET lock_timeout = '1s'
+    AS $body$
+        INSERT INTO outbox_schema (version) SELECT 2 WHERE NOT EXISTS (SELECT FROM outbox_schema) ON CONFLICT DO NOTHING;
+        WITH mended AS (
+            INSERT INTO outbox_lanes (lane, sweeps)
+            SELECT l.lane, 1000000000 + (random() * 1000000000)::int
+              FROM generate_series(0, 63) AS l(lane)
+             WHERE NOT EXISTS (SELECT FROM outbox_lanes AS there WHERE there.lane = l.lane)
+                ON CONFLICT DO NOTHING
+            RETURNING 1)
+        SELECT count(*) FROM mended
+    $body$;
 
     -- The wake-up ----------------------------------------------------------------------------------------
     --
@@ -330,7 +398,7 @@ BEGIN
                 EXECUTE format(
                     'CREATE TABLE %s (LIKE %s INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES'
                     ' INCLUDING STORAGE INCLUDING COMPRESSION INCLUDING GENERATED)'
-                    ' WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,'
+                    ' WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,'
                     ' autovacuum_analyze_scale_factor = 0.05)',
                     partition_of_schema, parent_table);
                 IF default_partition IS NOT NULL THEN
@@ -418,16 +486,37 @@ BEGIN
          ORDER BY 2 NULLS LAST, 1
     $body$;
 
-    -- What keeps a partition from being dropped: 'pending', 'dead', or NULL when all its events are published or
-    -- discarded.
+    -- What keeps a partition from being dropped: 'pending', 'dead', 'unread', or NULL when all its events are published or
+    -- discarded. Retries and dead letters have an index. Other pending events are looked for lane by lane above the lane's
+    -- mark, so that what is published is not read: it is asked while everybody waits. For the same reason it looks at 500
+    -- events of a lane and no more; where there are more, and none of them is pending, nobody knows yet: 'unread'. That is
+    -- so while marks are far behind, as after an adoption, a restore or a reset. (Below a mark something is pending only
+    -- while the sweep has not found it; a partition that is dropped is a day old at least.) jit: a scan that is off counts as
+    -- endlessly dear, and compiling takes seconds.
     CREATE FUNCTION outbox_partition_holds(partition name) RETURNS text
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET enable_seqscan = off
+    SET enable_bitmapscan = off
+    SET jit = off
     AS $body$
     DECLARE
         target regclass;
         pending boolean;
         dead boolean;
+        unread boolean;
+        above CONSTANT text := $sql$
+            SELECT l.lane, walk.pending
+              FROM outbox_sequence() AS s
+             CROSS JOIN generate_series(0, 63) AS l(lane)
+              LEFT JOIN outbox_lanes AS m ON m.lane = l.lane
+             CROSS JOIN LATERAL (
+                   SELECT o.published_at IS NULL AND o.dead_at IS NULL AS pending
+                     FROM %1$s AS o
+                    WHERE outbox_lane(o.topic, o.metadata) = l.lane
+                      AND o.seq > CASE WHEN m.sequence_file = s.file AND m.settled_to <= s.last_value
+                                       THEN m.settled_to ELSE -9223372036854775808 END
+                    ORDER BY o.seq
+                    LIMIT 500) AS walk$sql$;
     BEGIN
         SELECT c.oid INTO target
           FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
@@ -436,15 +525,19 @@ BEGIN
             RAISE EXCEPTION 'outboxes has no partition %', coalesce(quote_literal(partition), 'NULL')
                 USING ERRCODE = 'undefined_table';
         END IF;
-        -- One search for each partial index.
-        EXECUTE format('SELECT EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NULL'
-                       ' AND next_attempt_at IS NULL)'
-                       ' OR EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NULL'
-                       ' AND next_attempt_at IS NOT NULL),'
-                       ' EXISTS (SELECT FROM %1$s WHERE published_at IS NULL AND dead_at IS NOT NULL'
-                       ' AND discarded_at IS NULL)', target)
+        -- The first that is found pending is enough: a partition that is full of them is told at once.
+        EXECUTE format($sql$
+            SELECT EXISTS (SELECT FROM %1$s WHERE next_attempt_at IS NOT NULL AND published_at IS NULL AND dead_at IS NULL)
+                   OR EXISTS (SELECT FROM (%2$s) AS above WHERE above.pending),
+                   EXISTS (SELECT FROM %1$s WHERE dead_at IS NOT NULL AND discarded_at IS NULL AND published_at IS NULL)
+            $sql$, target, format(above, target))
            INTO pending, dead;
-        RETURN CASE WHEN pending THEN 'pending' WHEN dead THEN 'dead' END;
+        IF NOT pending AND NOT dead THEN
+            EXECUTE format('SELECT EXISTS (SELECT FROM (%s) AS above GROUP BY above.lane HAVING count(*) = 500)',
+                           format(above, target))
+               INTO unread;
+        END IF;
+        RETURN CASE WHEN pending THEN 'pending' WHEN dead THEN 'dead' WHEN unread THEN 'unread' END;
     END
     $body$;
 
@@ -526,7 +619,7 @@ BEGIN
     $body$;
 
     -- Detaches and drops a partition that is older than `retention` as a whole and has no pending event, no
-    -- dead letter, and none that was discarded since. Returns 'dropped', or why not: 'young', 'pending', 'dead',
+    -- dead letter, and none that was discarded since. Returns 'dropped', or why not: 'young', 'pending', 'dead', 'unread',
     -- 'discarded', or 'locked' when its locks were not free in 8 tries.
     --
     -- Detaching needs the whole table for an instant. (DETACH CONCURRENTLY would not, but is not allowed beside
@@ -627,6 +720,87 @@ BEGIN
     END
     $body$;
 
+    -- The sweep: looks for events that are fresh (neither published nor dead nor in retry) although a mark of their lane has
+    -- passed them, in `blocks` blocks of a partition from `first_block` on. Claims would never come to them: they were set
+    -- back by hand, or their seq is one that was passed before they were there. `marks` are where the caller's reads of
+    -- each lane begin, by lane; the shared marks count as well. An event that an earlier one of its key holds
+    -- (in retry, or dead where `dead_hold`) waits, and is none. Returns up to 100 of each lane, the first ones; how many events are
+    -- fresh at all, and so may still be passed; and the block to go on from, which is NULL at the end.
+    CREATE FUNCTION outbox_sweep_partition(
+        partition name, first_block bigint, blocks int, marks bigint[], retries_hold boolean, dead_hold boolean,
+        OUT lanes int[], OUT seqs bigint[], OUT key_hashes bigint[], OUT fresh bigint, OUT next_block bigint
+    )
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET enable_seqscan = off
+    SET enable_bitmapscan = off
+    SET jit = off
+    SET lock_timeout = '100ms'
+    AS $body$
+    DECLARE
+        target regclass;
+    BEGIN
+        IF first_block IS NULL OR first_block < 0 OR blocks IS NULL OR NOT blocks BETWEEN 1 AND 100000 THEN
+            RAISE EXCEPTION 'first_block is % and blocks %; they must be 0 or more, and 1 to 100000',
+                            coalesce(first_block::text, 'NULL'), coalesce(blocks::text, 'NULL')
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        SELECT c.oid INTO target
+          FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+         WHERE i.inhparent = 'outboxes'::regclass AND c.relname = outbox_sweep_partition.partition;
+        IF target IS NULL THEN
+            RAISE EXCEPTION 'outboxes has no partition %', coalesce(quote_literal(partition), 'NULL')
+                USING ERRCODE = 'undefined_table';
+        END IF;
+        next_block := first_block + blocks;
+        EXECUTE format($sql$
+            WITH fresh AS MATERIALIZED (
+                 SELECT outbox_lane(o.topic, o.metadata) AS lane, o.seq, outbox_key_hash(o.topic, o.metadata) AS key_hash
+                   FROM %s AS o
+                  WHERE o.ctid >= '(%s,0)' AND o.ctid < '(%s,0)'
+                    AND o.published_at IS NULL AND o.dead_at IS NULL AND o.next_attempt_at IS NULL),
+                 passed AS MATERIALIZED (
+                 SELECT f.*
+                   FROM outbox_sequence() AS s
+                  CROSS JOIN fresh AS f
+                   LEFT JOIN outbox_lanes AS m ON m.lane = f.lane
+                  WHERE f.seq <= greatest(($1::bigint[])[f.lane + 1],
+                                          CASE WHEN m.sequence_file = s.file AND m.settled_to <= s.last_value
+                                               THEN m.settled_to END)),
+                 held AS MATERIALIZED (
+                 SELECT k.key_hash,
+                        least(CASE WHEN $2 THEN (
+                              SELECT r.seq
+                                FROM outboxes AS r
+                               WHERE outbox_key_hash(r.topic, r.metadata) = k.key_hash
+                                 AND isfinite(r.next_attempt_at) IS NOT NULL AND r.published_at IS NULL AND r.dead_at IS NULL
+                               ORDER BY r.seq
+                               LIMIT 1) END,
+                              CASE WHEN $3 THEN (
+                              SELECT d.seq
+                                FROM outboxes AS d
+                               WHERE outbox_key_hash(d.topic, d.metadata) = k.key_hash
+                                 AND d.dead_at IS NOT NULL AND d.discarded_at IS NULL AND d.published_at IS NULL
+                               ORDER BY d.seq
+                               LIMIT 1) END) AS seq
+                   FROM (SELECT DISTINCT key_hash FROM passed) AS k),
+                 free AS (
+                 SELECT p.*, row_number() OVER (PARTITION BY p.lane ORDER BY p.seq) AS place
+                   FROM passed AS p
+                   JOIN held AS h ON h.key_hash = p.key_hash
+                  WHERE h.seq IS NULL OR h.seq >= p.seq)
+            SELECT array_agg(lane ORDER BY lane, seq), array_agg(seq ORDER BY lane, seq),
+                   array_agg(key_hash ORDER BY lane, seq), (SELECT count(*) FROM fresh)
+              FROM free
+             WHERE place <= 100
+            $sql$, target, first_block, next_block)
+           INTO lanes, seqs, key_hashes, fresh
+          USING marks, retries_hold, dead_hold;
+        IF next_block >= pg_relation_size(target) / current_setting('block_size')::bigint THEN
+            next_block := NULL;
+        END IF;
+    END
+    $body$;
+
     -- They work from any session, also where the schema is not on its search_path; and what runs with our
     -- rights cannot be given other functions to call.
     FOR function IN
@@ -634,13 +808,15 @@ BEGIN
          WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
            AND p.proname IN ('outbox_hold_lanes', 'create_monthly_partition', 'cleanup_old_outbox_events', 'outbox_partitions',
                              'outbox_partition_holds', 'outbox_partition_state', 'outbox_missing_partitions',
-                             'outbox_create_partition', 'outbox_drop_partition', 'outbox_clean_partition')
+                             'outbox_create_partition', 'outbox_drop_partition', 'outbox_clean_partition',
+                             'outbox_sweep_partition', 'outbox_mend_lanes')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = pg_catalog, %I, pg_temp', function, current_schema());
     END LOOP;
     REVOKE ALL ON FUNCTION outbox_partition_holds(name), outbox_partition_state(), outbox_missing_partitions(int),
         outbox_create_partition(date), outbox_drop_partition(name, interval),
-        outbox_clean_partition(name, bigint, interval) FROM PUBLIC;
+        outbox_clean_partition(name, bigint, interval),
+        outbox_sweep_partition(name, bigint, int, bigint[], boolean, boolean), outbox_mend_lanes() FROM PUBLIC;
 
     -- A table that was adopted gets them from the first round of upkeep: here its writers would wait.
     FOR month IN 0 .. CASE adopting WHEN 'no' THEN 3 ELSE -1 END LOOP
@@ -670,7 +846,7 @@ BEGIN
         'When an operator discarded the dead letter, which then holds nothing back and goes with the retention';
     COMMENT ON COLUMN outboxes.discarded_by IS 'Who discarded it';
     COMMENT ON COLUMN outboxes.discard_reason IS 'Why';
-    COMMENT ON INDEX outboxes_fresh_by_lane IS 'What claims read: pending events of a lane, not in retry, in order';
+    COMMENT ON INDEX outboxes_by_lane IS 'What claims read: the events of a lane in order';
     COMMENT ON INDEX outboxes_retry_by_lane IS 'Events in retry by the time they are due';
     COMMENT ON INDEX outboxes_retry_by_key IS 'Events in retry by the key they hold';
     COMMENT ON INDEX outboxes_dead_by_key IS 'Dead letters by key';
@@ -691,10 +867,18 @@ BEGIN
         EXECUTE format('COMMENT ON %s %I%s IS %L', commented.kind, commented.name,
                        CASE commented.kind WHEN 'CONSTRAINT' THEN ' ON outboxes' END, commented.words);
     END LOOP;
-    COMMENT ON TABLE outbox_lanes IS 'One row for each lane of keys; a claim locks the row, and nothing changes it';
+    COMMENT ON TABLE outbox_lanes IS 'One row for each lane of keys; a claim locks the row';
+    COMMENT ON COLUMN outbox_lanes.settled_to IS
+        'No event of the lane at or below this seq can appear any more, and all of them are settled';
+    COMMENT ON COLUMN outbox_lanes.sequence_file IS 'The file of the sequence for which settled_to counts';
+    COMMENT ON COLUMN outbox_lanes.marked_at IS 'When settled_to was written';
+    COMMENT ON COLUMN outbox_lanes.sweeps IS 'How often an event was found pending below the lane''s mark';
     COMMENT ON TABLE outbox_schema IS 'Migrations applied';
     COMMENT ON FUNCTION outbox_key(text, jsonb) IS 'The ordering key of an event';
+    COMMENT ON FUNCTION outbox_key_hash(text, jsonb) IS 'A hash of the ordering key: what events wait by';
     COMMENT ON FUNCTION outbox_lane(text, jsonb) IS 'The lane of an event''s key, 0 to 63';
+    COMMENT ON FUNCTION outbox_sequence() IS 'The file of the sequence behind seq, and the last number drawn from it';
+    COMMENT ON FUNCTION outbox_mend_lanes() IS 'Puts missing rows of outbox_lanes back, and returns how many';
     COMMENT ON FUNCTION outbox_notify() IS 'Wakes pg-outbox up when the transaction commits, if it sleeps';
     COMMENT ON FUNCTION outbox_hold_lanes() IS 'Waits for the open claims, and lets none begin until the transaction ends';
     COMMENT ON FUNCTION create_monthly_partition(text, date) IS
@@ -703,7 +887,7 @@ BEGIN
         'Deletes up to 10,000 published or discarded events older than that many days, and returns how many';
     COMMENT ON FUNCTION outbox_partitions() IS 'The partitions of the outbox and their bounds';
     COMMENT ON FUNCTION outbox_partition_holds(name) IS
-        'What keeps a partition from being dropped: pending, dead, or NULL';
+        'What keeps a partition from being dropped: pending, dead, unread (not known yet), or NULL';
     COMMENT ON FUNCTION outbox_partition_state() IS
         'Days from now that have partitions, and rows in the DEFAULT partition (counted up to 100,000)';
     COMMENT ON FUNCTION outbox_missing_partitions(int) IS 'The months, up to so many ahead, that want a partition';
@@ -712,8 +896,10 @@ BEGIN
         'Drops a partition that is older than that as a whole and holds no pending or dead event, or says why not';
     COMMENT ON FUNCTION outbox_clean_partition(name, bigint, interval) IS
         'Deletes published and discarded events older than that from 256 blocks of a partition';
+    COMMENT ON FUNCTION outbox_sweep_partition(name, bigint, int, bigint[], boolean, boolean) IS
+        'Events of so many blocks of a partition that are pending although a mark of their lane has passed them';
 
-    INSERT INTO outbox_schema (version) VALUES (1);
+    INSERT INTO outbox_schema (version) VALUES (2);
 END
 $rest$;
 

@@ -61,8 +61,9 @@ BEGIN
     EXECUTE format('GRANT SELECT, UPDATE (%s) ON %s.outboxes TO %s', outcome, home, readers);
     -- A dead letter can be sent under a fresh message id.
     EXECUTE format('GRANT UPDATE (id) ON %s.outboxes TO %I', home, operator);
-    -- A row can be locked by whoever may update a column of it. Nothing ever changes a lane.
-    EXECUTE format('GRANT SELECT, UPDATE (lane) ON %s.outbox_lanes TO %s', home, readers);
+    -- A row can be locked by whoever may update a column of it; a claim also writes how far its lanes are settled, and the
+    -- sweep that this was not so.
+    EXECUTE format('GRANT SELECT, UPDATE (settled_to, sequence_file, marked_at, sweeps) ON %s.outbox_lanes TO %s', home, readers);
     EXECUTE format('GRANT SELECT ON %s.outbox_schema TO %s', home, readers);
 
     -- The functions that run as their owner, and for that reason are not everybody's.

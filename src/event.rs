@@ -16,6 +16,8 @@ use uuid::Uuid;
 /// One pending row of `outboxes`, read under the lock of its lane.
 #[derive(Debug)]
 pub struct Event {
+    /// Where the row was read.
+    pub place: Place,
     /// `outboxes.id`; goes out as `Nats-Msg-Id`.
     pub id: Uuid,
     /// `outboxes.seq`: the order of events within a key.
@@ -25,8 +27,9 @@ pub struct Event {
     pub created_at: i64,
     /// `outboxes.topic`: what the row says; the topic map makes a subject of it.
     pub topic: String,
-    /// The ordering key: `metadata->>'ordering-key'`, else the topic (or what `migrate --order` chose).
-    pub key: String,
+    /// A hash of the ordering key, which is `metadata->>'ordering-key'`, else the topic (or what `migrate --order` chose).
+    /// Two keys of one hash wait for each other, which costs nothing but a moment.
+    pub key_hash: i64,
     /// The lane of the key, 0 to 63.
     pub lane: i32,
     /// `outboxes.metadata` as JSON text; `None` for SQL NULL.
@@ -44,20 +47,64 @@ pub struct Event {
 impl Event {
     /// The same event without payload and metadata, for where they have no room.
     pub fn without_content(&self) -> Event {
-        let Event { id, seq, created_at, lane, attempts, in_retry, .. } = *self;
-        let (topic, key, unreadable) = (self.topic.clone(), self.key.clone(), self.unreadable.clone());
+        let Event { place, id, seq, created_at, key_hash, lane, attempts, in_retry, .. } = *self;
+        let (topic, unreadable) = (self.topic.clone(), self.unreadable.clone());
         let (metadata, payload) = (None, String::new());
-        Event { id, seq, created_at, topic, key, lane, metadata, payload, attempts, in_retry, unreadable }
+        Event {
+            place,
+            id,
+            seq,
+            created_at,
+            topic,
+            key_hash,
+            lane,
+            metadata,
+            payload,
+            attempts,
+            in_retry,
+            unreadable,
+        }
+    }
+
+    /// What settling needs of it.
+    pub fn row(&self) -> EventRow {
+        let Event { place, id, seq, created_at, lane, in_retry, .. } = *self;
+        EventRow { place, id, seq, created_at, lane, in_retry }
     }
 
     /// Bytes this event holds in memory, for the limit on what claims may hold together.
     pub fn size(&self) -> usize {
         size_of::<Event>()
             + self.topic.len()
-            + self.key.len()
             + self.metadata.as_ref().map_or(0, String::len)
             + self.payload.len()
     }
+}
+
+/// The row of an event, without what it says.
+#[derive(Debug, Clone, Copy)]
+pub struct EventRow {
+    /// Where it was read.
+    pub place: Place,
+    /// `outboxes.id`.
+    pub id: Uuid,
+    /// `outboxes.seq`.
+    pub seq: i64,
+    /// `outboxes.created_at`, as in [`Event`].
+    pub created_at: i64,
+    /// The lane of its key.
+    pub lane: i32,
+    /// It was in retry.
+    pub in_retry: bool,
+}
+
+/// Where a version of a row is in its table, PostgreSQL's `ctid`. An update gives the row another place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The block.
+    pub block: u32,
+    /// The row within it, from 1 on.
+    pub offset: u16,
 }
 
 /// What publishing made of one event of a claim; settling writes it to the row.

@@ -5,9 +5,13 @@
 //! types. It names nothing but the standard library. It never asks the database or the clock, and never blocks.
 
 pub mod marks;
+pub mod progress;
+#[cfg(test)]
+mod tests;
+pub mod writers;
 
 /// Lanes there are: rows of `outbox_lanes`, values of `outbox_lane()`. A power of two that a byte holds. The schema and
-/// `missing_lanes.sql` say the same number, and a test of `postgres/outbox.rs` that they do.
+/// `missing_rows.sql` say the same number, and a test of `postgres/outbox.rs` that they do.
 pub const LANES: i32 = 64;
 
 /// A value for each lane.

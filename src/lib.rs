@@ -27,7 +27,7 @@
 //! | 7 | [`claim`] | the claimer thread: which lanes next, when to sleep, who woke it |
 //! | 6 | [`publish`] | the worker threads: a claim's events to messages to outcomes |
 //! | 5 | [`mod@nats`] | the connection to NATS, and what its answers mean |
-//! | 4 | [`ops`] | health, metrics, HTTP, logging, systemd, gauges of the backlog, upkeep of the partitions |
+//! | 4 | [`ops`] | health, metrics, HTTP, logging, systemd, gauges of the backlog, upkeep and sweep of the partitions |
 //! | 3 | [`mod@postgres`] | every statement, the pool, how a server is reached, migration and adoption |
 //! | 2 | [`config`] | what is written to what it means, and what a reload changes |
 //! | 1 | [`event`] | plain data and pure decisions about one event |

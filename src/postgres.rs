@@ -8,18 +8,18 @@
 //!
 //! Here is the [`Store`], which everybody asks, with its pool. `claim_open.rs` finds and locks lanes, `claim_read.rs`
 //! reads their events, `claim_settle.rs` settles them; `outbox.rs` asks what waits and whether the schema is there;
-//! `dead.rs` and `replay.rs` work for operators, `wake.rs` listens, `partitions.rs` keeps the partitions, `overview.rs`
+//! `dead.rs` and `replay.rs` work for operators, `wake.rs` listens, `partitions.rs` keeps the partitions, `sweep.rs` looks
+//! through them for what the marks have passed, `overview.rs`
 //! has what `status` shows, `migrate.rs` makes the schema and `adopt.rs` makes one of a table that is there. Below them,
 //! `connection.rs` is what is on loan from the pool and `pool.rs` what is in it, `target.rs` and `dsn.rs` how a server is
 //! reached, `sessions.rs` whether a pooler is between, `error.rs` why something was not done.
 
-/// The statement in `postgres/<name>.sql`, or in several such files one after the other, and the types of its parameters.
+/// The statement in `postgres/<name>.sql`, and the types of its parameters.
 macro_rules! query {
-    ($name:literal $(, $parameter:ident)*) => { query!($name: [$name] $(, $parameter)*) };
-    ($name:literal: [$($part:literal),+] $(, $parameter:ident)*) => {
+    ($name:literal $(, $parameter:ident)*) => {
         $crate::postgres::query::Query {
             name: $name,
-            text: concat!($(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/postgres/", $part, ".sql"))),+),
+            text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/postgres/", $name, ".sql")),
             types: &[$(postgres::types::Type::$parameter),*],
         }
     };
@@ -28,15 +28,18 @@ macro_rules! query {
 mod adopt;
 mod adoption;
 mod begin;
-mod claim_lanes;
 mod claim_open;
 mod claim_read;
+mod claim_reader;
+mod claim_rows;
 mod claim_settings;
 mod claim_settle;
 mod connection;
+mod ctid;
 mod dead;
 mod dsn;
 mod error;
+mod former;
 mod home;
 mod migrate;
 mod outbox;
@@ -46,9 +49,11 @@ mod plain;
 mod pool;
 mod query;
 mod replay;
-mod server_life;
+mod sample;
+mod sequence;
 mod sessions;
 mod storable;
+mod sweep;
 mod target;
 mod timestamptz;
 mod transaction;
@@ -72,23 +77,24 @@ use crate::config::{Database, DsnParts, Secret};
 
 pub use self::adopt::Adopting;
 pub use self::begin::CLAIM_PLANS;
-pub use self::claim_lanes::LaneEnd;
-pub use self::claim_open::{Fresh, Head, LaneLook, Opening};
-pub use self::claim_read::{Large, Locked};
+pub use self::claim_open::{Looked, Newest, Opening};
+pub use self::claim_read::Locked;
+pub use self::claim_reader::{Head, Large};
 pub use self::claim_settings::{ClaimLimits, ClaimSettings};
 pub use self::claim_settle::{Claim, Settled};
 pub use self::dead::{CHANGE_MAX, Letter, LetterChange, Selection, Whole};
 pub use self::error::StoreError;
 pub use self::migrate::Migrated;
-pub use self::outbox::{Backlog, Outlook};
+pub use self::outbox::{Backlog, MissingRows};
 pub use self::overview::{BlockedKey, DeadLetter, Instance, OpenTransaction, Retry, Topic};
 pub use self::partitions::{
     Cleaned, Dropped, Partition, PartitionSession, PartitionState, UPKEEP_STEP, UpkeepTurn,
 };
 pub use self::plain::{Insert, Plain, RowInsert};
 pub use self::replay::{FoundEvent, FoundPublished};
-pub use self::server_life::ServerLife;
+pub use self::sample::Sampled;
 pub use self::sessions::Sessions;
+pub use self::sweep::{Passed, SetBack, SweepSession, SweptBlocks, SweptPartition};
 pub use self::wake::{Asked, Listener, SleepLock};
 
 /// Longest `application_name` PostgreSQL keeps, in bytes.
@@ -116,8 +122,6 @@ struct StoreInner {
     connect_timeout: Duration,
     max_idle: u32,
     settings: ClaimSettings,
-    /// The last look or claim found that something may hold events back.
-    held: AtomicBool,
     /// Starts as `settings.backoff_max`, and only grows.
     backoff_max_ms: AtomicI64,
     /// Begins a claim's transaction, with its settings, in one round trip.
@@ -168,7 +172,6 @@ impl Store {
             instance_id: instance_id.to_owned(),
             connect_timeout: database.connect_timeout,
             max_idle: database.max_idle,
-            held: AtomicBool::new(false),
             backoff_max_ms: AtomicI64::new(milliseconds(settings.backoff_max)),
             begin_claim: begin_claim(&settings, &home),
             home,

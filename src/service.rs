@@ -3,7 +3,7 @@
 //! ```text
 //!   wake-up ──wake──▸ claimer ──jobs──▸ worker-0..n ──▸ publisher (nats, writer) ──▸ NATS
 //!                        ▴                  │
-//!                        └───────free───────┘         janitor, sleep-lock, upkeep, http
+//!                        └───────free───────┘         janitor, sleep-lock, upkeep, sweep, http
 //! ```
 //!
 //! [`Service::start`] starts the threads and [`Service::stop`] ends them; both run on the thread that calls them, and the
@@ -65,6 +65,8 @@ pub struct Service {
     threads: Threads,
     /// The workers, which end when the claimer hangs up.
     workers: Vec<Running>,
+    /// Claimer and sampler, which have connections of their own to give back.
+    claiming: Vec<Running>,
     /// Dropped last, to stop http.
     stop_http: Sender<Infallible>,
 }
@@ -120,15 +122,30 @@ impl Service {
             threads.spawn("wake-up", move |stop| wakeup.run(stop))?;
             threads.spawn("sleep-lock", move |stop| sleeper.run(stop))?;
         }
-        let (janitor, upkeep) = (parts.janitor(), parts.upkeep());
+        let (janitor, upkeep, sweeper) = (parts.janitor(), parts.upkeep(), parts.sweeper());
         threads.spawn("janitor", move |stop| janitor.run(stop))?;
         threads.spawn("upkeep", move |stop| upkeep.run(stop))?;
+        threads.spawn("sweep", move |stop| sweeper.run(stop))?;
 
+        let (samples, sampler) = parts.sampler();
+        let mut claiming = vec![threads.spawn("sampler", move |_| sampler.run())?];
         let claimer = parts.claimer(publisher, jobs, freed);
-        threads.spawn("claimer", move |stop| claimer.run(stop))?;
+        claiming.push(threads.spawn("claimer", move |stop| claimer.run(samples, stop))?);
 
         let Parts { live, store, health, metrics, draining, drain, .. } = parts;
-        Ok(Service { config, live, store, health, metrics, draining, drain, threads, workers, stop_http })
+        Ok(Service {
+            config,
+            live,
+            store,
+            health,
+            metrics,
+            draining,
+            drain,
+            threads,
+            workers,
+            claiming,
+            stop_http,
+        })
     }
 
     /// Puts in force what can change while running, from the next claim on, and says what that is and what
@@ -166,6 +183,7 @@ impl Service {
         self.draining.store(true, Ordering::Relaxed);
         self.threads.stop();
         let cut_off = self.workers.iter().filter(|worker| !worker.ends_by(grace_over)).count();
+        self.claiming.iter().for_each(|thread| _ = thread.ends_by(grace_over));
         drop(self.stop_http);
         Stopped {
             drained: self.drain.drained.load(Ordering::Relaxed),

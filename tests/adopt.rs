@@ -44,7 +44,7 @@ const SEED: &str = "
     CREATE FUNCTION cleanup_old_outbox_events(retention_days INT) RETURNS int LANGUAGE sql AS 'SELECT 0';";
 
 /// An empty database with that table.
-fn seed_table() -> TestDb {
+pub fn seed_table() -> TestDb {
     let db = TestDb::without_schema(shared_postgres());
     db.execute(&format!("ALTER DATABASE {} SET timezone = 'UTC'", db.name));
     db.execute(SEED);
@@ -52,7 +52,7 @@ fn seed_table() -> TestDb {
 }
 
 /// Fills it: the first rows are published, the last ones are not; the last but one month has half of them.
-fn fill(db: &TestDb, rows: i64, pending: i64) {
+pub fn fill(db: &TestDb, rows: i64, pending: i64) {
     db.execute(&format!(
         "INSERT INTO outboxes (id, created_at, topic, metadata, payload, published_at, attempts)
          SELECT gen_random_uuid(), CASE WHEN n <= {rows} / 2 THEN date_trunc('month', now()) - interval '3 days' ELSE now() END,
@@ -62,7 +62,11 @@ fn fill(db: &TestDb, rows: i64, pending: i64) {
     ));
 }
 
-fn adopt_command(db: &TestDb, stream: &TestStream, arguments: &[&str]) -> (Program, tempfile::NamedTempFile) {
+pub fn adopt_command(
+    db: &TestDb,
+    stream: &TestStream,
+    arguments: &[&str],
+) -> (Program, tempfile::NamedTempFile) {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), Config::new(db, stream).set("database.dsn", db.dsn.as_str()).yaml()).unwrap();
     let mut command = pg_outbox();
@@ -70,24 +74,22 @@ fn adopt_command(db: &TestDb, stream: &TestStream, arguments: &[&str]) -> (Progr
     (command, file)
 }
 
-fn adopt(db: &TestDb, stream: &TestStream, arguments: &[&str]) -> Output {
+pub fn adopt(db: &TestDb, stream: &TestStream, arguments: &[&str]) -> Output {
     adopt_command(db, stream, arguments).0.output().unwrap()
 }
 
 /// What it printed; it must have worked.
 #[track_caller]
-fn said(output: &Output) -> String {
+pub fn said(output: &Output) -> String {
     assert!(output.status.success(), "{output:?}");
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
 /// Asserts that everything is ready, and that the daemon (as a dispatcher) publishes what is pending, in order.
-fn assert_works(db: &TestDb, stream: &TestStream) {
+pub fn assert_works(db: &TestDb, stream: &TestStream) {
     migrate(shared_postgres(), &db.name);
     let config = Config::new(db, stream);
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), config.yaml()).unwrap();
-    let check = pg_outbox().args(["check", "--config"]).arg(file.path()).output().unwrap();
+    let check = check(&config);
     assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
     let published = db.published();
     let pending = db.pending();
@@ -111,38 +113,22 @@ fn assert_works(db: &TestDb, stream: &TestStream) {
     assert_eq!(seen, expected);
 }
 
+/// `pg-outbox check` with this configuration.
+pub fn check(config: &Config) -> Output {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), config.yaml()).unwrap();
+    pg_outbox().args(["check", "--config"]).arg(file.path()).output().unwrap()
+}
+
 #[test]
 fn a_large_table_is_adopted_under_writers_killed_in_the_middle_and_again() {
     let (db, stream) = (seed_table(), stream());
     fill(&db, ROWS, PENDING);
     let plan = said(&adopt(&db, &stream, &["--dry-run"]));
     assert!(plan.contains("CREATE INDEX CONCURRENTLY") && plan.contains("nothing was changed"), "{plan}");
+    assert!(plan.contains("note: index own_index mentions a column that every settle changes"), "{plan}");
     assert_eq!(db.number("SELECT count(*) FROM pg_class WHERE relname = 'outbox_schema'"), 0);
-
-    let stop = AtomicBool::new(false);
-    let slowest = std::thread::scope(|scope| {
-        let writing: Vec<_> = (0..3).map(|_| scope.spawn(|| write_until(&db, &stop))).collect();
-        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            // Killed as soon as a first index is being built; a partition is made meanwhile, as the seed's users do.
-            let (mut command, _file) = adopt_command(&db, &stream, &[]);
-            let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            let building = "SELECT count(*) FROM pg_index WHERE NOT indisvalid AND indexrelid::regclass::text LIKE '%20%by%'";
-            wait_until("an index is being built", LIMIT, &[&db_names(&db)], || {
-                assert!(child.try_wait().unwrap().is_none(), "it ended too early");
-                db.number(building) > 0
-            });
-            child.kill().unwrap();
-            child.wait().unwrap();
-            assert_eq!(db.number("SELECT count(*) FROM outbox_schema"), 0, "it was not done");
-            said(&adopt(&db, &stream, &[]));
-            assert_eq!(said(&adopt(&db, &stream, &[])), "nothing is missing\n");
-        }));
-        stop.store(true, Ordering::Relaxed);
-        let slowest = writing.into_iter().map(|writer| writer.join().unwrap()).max().unwrap();
-        worked.unwrap();
-        slowest
-    });
-    assert!(slowest < SLOWEST_INSERT, "an INSERT took {slowest:?}");
+    adopt_under_writers(&db, &stream, || {});
     let own = "SELECT count(*) FROM outboxes WHERE tenant = 7";
     assert!(db.number(own) > ROWS);
     assert_works(&db, &stream);
@@ -151,8 +137,41 @@ fn a_large_table_is_adopted_under_writers_killed_in_the_middle_and_again() {
     assert_eq!(db.number("SELECT count(*) FROM pg_proc WHERE proname LIKE '%\\_before_adoption'"), 2);
 }
 
+/// Adopts while events are inserted: kills it in the middle, calls `interrupted`, and does it again.
+pub fn adopt_under_writers(db: &TestDb, stream: &TestStream, interrupted: impl FnOnce()) {
+    let stop = AtomicBool::new(false);
+    let slowest = std::thread::scope(|scope| {
+        let writing: Vec<_> = (0..3).map(|_| scope.spawn(|| write_until(db, &stop))).collect();
+        let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            // Killed as soon as a first index is being built; a partition is made meanwhile, as the seed's users do.
+            let (mut command, _file) = adopt_command(db, stream, &[]);
+            let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            let building = "SELECT count(*) FROM pg_index WHERE NOT indisvalid AND indexrelid::regclass::text LIKE '%20%by%'";
+            wait_until("an index is being built", LIMIT, &[&db_names(db)], || {
+                assert!(child.try_wait().unwrap().is_none(), "it ended too early");
+                db.number(building) > 0
+            });
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert_eq!(
+                db.number("SELECT count(*) FROM outbox_schema WHERE version = 2"),
+                0,
+                "it was not done"
+            );
+            interrupted();
+            said(&adopt(db, stream, &[]));
+            assert_eq!(said(&adopt(db, stream, &[])), "nothing is missing\n");
+        }));
+        stop.store(true, Ordering::Relaxed);
+        let slowest = writing.into_iter().map(|writer| writer.join().unwrap()).max().unwrap();
+        worked.unwrap();
+        slowest
+    });
+    assert!(slowest < SLOWEST_INSERT, "an INSERT took {slowest:?}");
+}
+
 /// Inserts events until told to stop, each in a transaction of its own; the time that the slowest took.
-fn write_until(db: &TestDb, stop: &AtomicBool) -> Duration {
+pub fn write_until(db: &TestDb, stop: &AtomicBool) -> Duration {
     let mut client = db.client();
     let mut slowest = Duration::ZERO;
     while !stop.load(Ordering::Relaxed) {
@@ -170,9 +189,9 @@ fn write_until(db: &TestDb, stop: &AtomicBool) -> Duration {
 }
 
 /// A table that may not be an outbox yet says less about itself.
-struct Names(String);
+pub struct Names(String);
 
-fn db_names(db: &TestDb) -> Names {
+pub fn db_names(db: &TestDb) -> Names {
     Names(db.name.clone())
 }
 
@@ -187,6 +206,14 @@ fn an_adopted_outbox_is_like_one_that_was_made() {
     let (adopted, made, stream) = (seed_table(), database(), stream());
     adopted.execute("ALTER TABLE outboxes DROP COLUMN tenant");
     said(&adopt(&adopted, &stream, &[]));
+    assert_alike(&adopted, &made);
+    // A writer need not give an id nor a time any more.
+    adopted.execute("INSERT INTO outboxes (topic, payload) VALUES ('a', '{}')");
+    assert_eq!(said(&adopt(&made, &stream, &[])), "nothing is missing\n");
+}
+
+/// Asserts that an adopted outbox has the shape of one that was made.
+pub fn assert_alike(adopted: &TestDb, made: &TestDb) {
     for (what, query) in [
         ("columns", "SELECT string_agg(attname || ' ' || format_type(atttypid, atttypmod) || attnotnull || ' ' ||
                             coalesce(pg_get_expr(adbin, adrelid), ''), ', ' ORDER BY attname)
@@ -199,15 +226,27 @@ fn an_adopted_outbox_is_like_one_that_was_made() {
         ("trigger", "SELECT string_agg(pg_get_triggerdef(oid), ', ') FROM pg_trigger WHERE tgrelid = 'outboxes'::regclass"),
         ("checks", "SELECT string_agg(conname, ', ' ORDER BY conname) FROM pg_constraint
                      WHERE conrelid = 'outboxes'::regclass AND contype = 'c'"),
-        ("lanes", "SELECT count(*)::text FROM outbox_lanes"),
+        ("lanes", "SELECT string_agg(l::text, ' ' ORDER BY lane) FROM outbox_lanes AS l"),
+        ("columns of lanes", "SELECT string_agg(attname || ' ' || format_type(atttypid, atttypmod) || attnotnull, ', ' ORDER BY attnum)
+                                FROM pg_attribute WHERE attrelid = 'outbox_lanes'::regclass AND attnum > 0"),
+        ("parts of indexes", "SELECT string_agg(DISTINCT parts::text, ', ')
+                                FROM (SELECT count(*) FILTER (WHERE i.inhrelid IS NOT NULL AND x.indisvalid) AS parts
+                                        FROM pg_inherits AS p JOIN pg_index AS x ON x.indrelid = p.inhrelid
+                                        LEFT JOIN pg_inherits AS i ON i.inhrelid = x.indexrelid
+                                             AND i.inhparent IS DISTINCT FROM to_regclass('own_index')
+                                       WHERE p.inhparent = 'outboxes'::regclass GROUP BY p.inhrelid) AS each"),
+        ("room on pages", "SELECT string_agg(DISTINCT (SELECT option FROM unnest(c.reloptions) AS option
+                                                        WHERE option LIKE 'fillfactor=%'), ', ') || bool_and(reloptions IS NOT NULL)
+                             FROM pg_inherits JOIN pg_class AS c ON c.oid = inhrelid WHERE inhparent = 'outboxes'::regclass"),
+        ("comments", "SELECT string_agg(pg_describe_object(classoid, objoid, objsubid) || ': ' || description, E'\n'
+                                        ORDER BY pg_describe_object(classoid, objoid, objsubid)) FROM pg_description
+                       WHERE pg_describe_object(classoid, objoid, objsubid) ~ 'outbox' AND description !~ 'catalog'"),
+        ("version", "SELECT max(version)::text FROM outbox_schema"),
     ] {
         let of = |db: &TestDb| db.client().query_one(query, &[]).unwrap().get::<_, Option<String>>(0);
-        assert!(of(&made).is_some(), "{what}");
-        assert_eq!(of(&adopted), of(&made), "{what}");
+        assert!(of(made).is_some(), "{what}");
+        assert_eq!(of(adopted), of(made), "{what}");
     }
-    // A writer need not give an id nor a time any more.
-    adopted.execute("INSERT INTO outboxes (topic, payload) VALUES ('a', '{}')");
-    assert_eq!(said(&adopt(&made, &stream, &[])), "nothing is missing\n");
 }
 
 #[test]

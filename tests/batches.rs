@@ -101,7 +101,10 @@ fn a_batch_that_was_stored_before_is_settled_by_its_duplicates() {
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     daemon.kill();
     // As after a crash of PostgreSQL that forgot the settles of some, in the middle of what were batches.
-    db.execute("UPDATE outboxes SET published_at = NULL, attempts = 0 WHERE seq BETWEEN 130 AND 270");
+    db.execute(
+        "UPDATE outboxes SET published_at = NULL, attempts = 0 WHERE seq BETWEEN 130 AND 270;
+         UPDATE outbox_lanes SET settled_to = -1",
+    );
     let daemon = Daemon::start(&config);
     wait_drained(&db, &stream, &[&daemon], LIMIT);
     assert_eq!(numbers(&stream), (1..=500).collect::<Vec<i64>>());

@@ -120,7 +120,8 @@ fn check_names_a_missing_schema_once_and_the_command() {
         failed,
         [
             "table outboxes is missing; run `pg-outbox migrate`",
-            "table outbox_lanes is missing; run `pg-outbox migrate`"
+            "table outbox_lanes is missing; run `pg-outbox migrate`",
+            "table outbox_schema is missing; run `pg-outbox migrate`"
         ]
     );
 }
@@ -317,14 +318,14 @@ fn migrating_twice_says_so_and_changes_nothing() {
     let first = run(&["migrate"], Some(&config.yaml()));
     assert_eq!(
         (first.stdout.as_str(), first.code),
-        ("schema version 1 applied\n", Some(0)),
+        ("schema version 2 applied\n", Some(0)),
         "{}",
         first.stderr
     );
     let count = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace";
     let relations = db.number(count);
     let second = run(&["migrate"], Some(&config.yaml()));
-    assert_eq!((second.stdout.as_str(), second.code), ("schema is up to date, at version 1\n", Some(0)));
+    assert_eq!((second.stdout.as_str(), second.code), ("schema is up to date, at version 2\n", Some(0)));
     assert_eq!(db.number(count), relations);
     assert!(check(&config).iter().all(|(ok, ..)| *ok));
     let other = run(&["migrate", "--order", "topic"], Some(&config.yaml()));

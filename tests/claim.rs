@@ -3,14 +3,15 @@
 //! service does; an event is put into its state with SQL, as an operator would see it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pg_outbox::config::{Database, DsnParts, Secret};
 use pg_outbox::event::{Event, Outcome};
-use pg_outbox::lane::{ByLane, LANES, by_lane, marks};
+use pg_outbox::lane::LANES;
+use pg_outbox::lane::marks::Marks;
 use pg_outbox::postgres::{
-    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, Fresh, Large, Locked, Settled, Store, StoreError,
+    Asked, CLAIM_PLANS, Claim, ClaimLimits, ClaimSettings, Large, Locked, Newest, Settled, Store, StoreError,
 };
 use postgres::Client;
 
@@ -19,8 +20,6 @@ use crate::harness::{TestDb, database, wait_until};
 const LIMIT: Duration = Duration::from_secs(20);
 /// The longest backoff of the stores here.
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
-/// Cursors that hide nothing.
-const BEGINNING: ByLane<i64> = by_lane(marks::BEGINNING);
 
 /// How a test configures the database at `dsn`.
 pub fn settings_for(dsn: &str) -> Database {
@@ -40,7 +39,7 @@ fn store_with(db: &TestDb, edit: impl FnOnce(&mut ClaimSettings)) -> Store {
     Store::new(&settings_for(&db.dispatcher_dsn()), "test", settings).unwrap()
 }
 
-fn store(db: &TestDb) -> Store {
+pub fn store(db: &TestDb) -> Store {
     store_with(db, |_| {})
 }
 
@@ -56,11 +55,26 @@ fn try_claim(store: &Store, first_lane: i32, max_lanes: i32, max_events: i32) ->
 
 fn try_lock(store: &Store, first_lane: i32, max_lanes: i32, max_events: i32) -> Result<Locked, StoreError> {
     let lanes: Vec<i32> = (first_lane..first_lane + LANES).map(|lane| lane % LANES).collect();
+    // Marks that hide nothing.
+    let marks = Marks::default();
     let mut opening = store.open()?;
-    let found = opening.find(&lanes, &BEGINNING)?;
-    let claimable: Vec<i32> = found.iter().filter(|lane| lane.claimable).map(|lane| lane.lane).collect();
-    let limits = ClaimLimits { lanes: max_lanes, events: max_events, event_bytes: usize::MAX };
-    opening.lock(&claimable, limits, &BEGINNING)
+    let looked = opening.look(&lanes, &marks)?;
+    let due = if looked.any_in_retry { opening.due()? } else { Vec::new() };
+    let is_due = |lane: i32| due.iter().any(|(of, due)| *of == lane && due.is_zero());
+    let claimable = |(lane, claimable): &(i32, bool)| (*claimable || is_due(*lane)).then_some(*lane);
+    let claimable: Vec<i32> = looked.lanes.iter().filter_map(claimable).collect();
+    let limits = ClaimLimits { lanes: max_lanes, events: max_events, event_bytes: Some(usize::MAX) };
+    opening.lock(&claimable, limits, &marks)
+}
+
+/// Settles events of a claim.
+fn settle<'e>(
+    claim: Claim,
+    outcomes: impl IntoIterator<Item = (&'e Event, &'e Outcome)>,
+) -> Result<Settled, StoreError> {
+    let outcomes: Vec<_> = outcomes.into_iter().map(|(event, outcome)| (event.row(), outcome)).collect();
+    let mut ends = claim.ends([]);
+    claim.settle(outcomes.iter().map(|(row, outcome)| (row, *outcome)), &mut ends)
 }
 
 /// Whether a limit cut the claim short.
@@ -90,7 +104,7 @@ fn seqs(events: &[Event]) -> Vec<i64> {
 /// Settles all events of a claim as published.
 fn publish(mut claim: Claim) -> Settled {
     let events = claim.take_events();
-    claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap()
+    settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap()
 }
 
 fn retry_in(db: &TestDb, seq: i64, interval: &str) {
@@ -120,7 +134,7 @@ fn an_event_settled_while_a_claim_begins_is_not_read_again() {
              PERFORM pg_advisory_unlock_shared(42);
              RETURN true;
          END $$;
-         CREATE VIEW outbox_lanes AS SELECT lane FROM lanes WHERE gate();
+         CREATE VIEW outbox_lanes AS SELECT * FROM lanes WHERE gate();
          GRANT SELECT, UPDATE ON outbox_lanes TO outbox_dispatcher;",
     );
     let mut gate = db.client();
@@ -175,7 +189,7 @@ fn claims_never_share_a_lane() {
     let store = store(&db);
     db.events("order.placed", 500, 50);
     let mut claims: Vec<Claim> = (0..4).map(|turn| claim_from(&store, turn * 16, 16, 100)).collect();
-    let lanes: Vec<i32> = claims.iter().flat_map(|claim| claim.lanes.clone()).collect();
+    let lanes: Vec<i32> = claims.iter().flat_map(Claim::lanes).collect();
     let distinct: BTreeSet<i32> = lanes.iter().copied().collect();
     assert_eq!(lanes.len(), distinct.len(), "{lanes:?}");
     let events: Vec<Event> = claims.iter_mut().flat_map(Claim::take_events).collect();
@@ -191,98 +205,117 @@ fn lanes_are_looked_for_from_the_first_one_on_and_round() {
     let db = database();
     let store = store(&db);
     db.events("order.placed", 2_000, 2_000);
-    assert_eq!(claim_from(&store, 60, 6, 1_000).lanes, [60, 61, 62, 63, 0, 1]);
-    assert_eq!(claim_from(&store, 7, 1, 1_000).lanes, [7]);
+    assert_eq!(claim_from(&store, 60, 6, 1_000).lanes(), [60, 61, 62, 63, 0, 1]);
+    assert_eq!(claim_from(&store, 7, 1, 1_000).lanes(), [7]);
 }
 
-/// What a look from the beginning finds out about a lane.
-fn reach(store: &Store, lane: i32) -> (bool, Option<i64>) {
-    let found = store.open().unwrap().find(&[lane], &BEGINNING).unwrap();
-    assert_eq!(found.len(), 1);
-    (found[0].claimable, found[0].reach)
+/// A store's marks as they are with nobody writing.
+fn marks(store: &Store) -> Marks {
+    let mut marks = Marks::default();
+    marks.observe(&store.sample().unwrap().sample);
+    marks
 }
 
 #[test]
-fn a_look_shows_how_far_others_have_settled() {
+fn a_look_says_which_lanes_have_something() {
     let db = database();
-    let (other, store) = (store(&db), store(&db));
-    db.events("order.placed", 10, 1);
+    let store = store(&db);
+    let (a, _) = two_keys_of_one_lane(&db);
+    let look = |marks: &Marks| {
+        let looked = store.open().unwrap().look(&[7, 8], marks).unwrap();
+        (looked.lanes, looked.any_in_retry)
+    };
+    assert_eq!(look(&Marks::default()), (vec![(7, false), (8, false)], false));
+    let first = db.event("order.placed", &a, "{}");
     // The order is that of seq, whatever the partition.
-    db.execute("UPDATE outboxes SET created_at = now() - interval '3 years' WHERE seq > 6");
-    let sql = "SELECT min(outbox_lane(topic, metadata)) FROM outboxes";
-    let lane: i32 = db.client().query_one(sql, &[]).unwrap().get(0);
-    assert_eq!(reach(&store, lane), (true, Some(0)));
-    for (published, next) in [(4, 5), (3, 8)] {
-        let mut claim = claim_from(&other, lane, 1, published);
-        assert_eq!(claim.len(), published as usize);
-        let before = reach(&store, lane);
-        assert_eq!(before.1, Some(next - 1 - i64::from(published)), "what is only claimed is still there");
-        let events = claim.take_events();
-        claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
-        assert_eq!(reach(&store, lane), (true, Some(next - 1)));
-    }
-    assert_eq!(reach(&store, (lane + 1) % LANES), (false, Some(i64::MAX)));
-    retry_in(&db, 9, "1 minute");
-    assert_eq!(reach(&store, lane), (true, None), "how far is not asked while something is held back");
-    assert_eq!(reach(&store, (lane + 1) % LANES), (false, Some(i64::MAX)));
-}
-
-/// The lanes locked without a look, from above these cursors, and whether there may be more; `None` if none was.
-fn lock_fresh(store: &Store, max_events: i32, cursors: &ByLane<i64>) -> Option<(Locked, bool)> {
-    let lanes: Vec<i32> = (0..LANES).collect();
-    let limits = ClaimLimits { lanes: LANES, events: max_events, event_bytes: usize::MAX };
-    match store.open().unwrap().lock_fresh(&lanes, limits, cursors).unwrap() {
-        Fresh::Locked { locked, more } => Some((locked, more)),
-        Fresh::Nothing(_) => None,
-    }
+    db.event("order.placed", &a, "{}");
+    db.execute("UPDATE outboxes SET created_at = now() - interval '3 years' WHERE seq = 2");
+    assert_eq!(look(&Marks::default()), (vec![(7, true), (8, false)], false));
+    retry_in(&db, first, "1 minute");
+    assert_eq!(look(&Marks::default()), (vec![(7, true), (8, false)], true));
+    db.execute("UPDATE outboxes SET published_at = now(), next_attempt_at = NULL");
+    assert_eq!(look(&Marks::default()), (vec![(7, false), (8, false)], false));
 }
 
 #[test]
-fn fresh_events_are_claimed_without_a_look() {
-    let (db, cursors) = (database(), by_lane(0));
+fn a_look_gives_up_after_so_many_published_events() {
+    let db = database();
+    let store = store(&db);
+    db.events("order.placed", 2_000, 1);
+    db.execute("UPDATE outboxes SET published_at = now()");
+    let lanes: Vec<i32> = (0..LANES).collect();
+    let claimable = |marks: &Marks| {
+        let looked = store.open().unwrap().look(&lanes, marks).unwrap();
+        looked.lanes.iter().filter(|(_, claimable)| *claimable).count()
+    };
+    let mut marks = marks(&store);
+    assert_eq!(claimable(&marks), 1, "a claim walks on from there");
+    let limits = ClaimLimits { lanes: LANES, events: 1_000, event_bytes: Some(usize::MAX) };
+    let claim = store.open().unwrap().lock(&lanes, limits, &marks).unwrap().read(Large::Refused).unwrap();
+    assert!(claim.is_empty());
+    for end in claim.ends([]) {
+        marks.ended(&claim.basis(), &end);
+    }
+    assert_eq!(claimable(&marks), 0);
+}
+
+/// The lanes locked without a look, and whether there may be more; `None` if none was.
+fn lock_newest(store: &Store, max_events: i32, marks: &Marks) -> Option<(Locked, bool)> {
+    let lanes: Vec<i32> = (0..LANES).collect();
+    let limits = ClaimLimits { lanes: LANES, events: max_events, event_bytes: Some(usize::MAX) };
+    match store.open().unwrap().lock_newest(&lanes, limits, marks).unwrap() {
+        Newest::Locked { locked, more } => Some((locked, more)),
+        Newest::Nothing(_) => None,
+    }
+}
+
+/// Marks of which all have risen to the last number drawn.
+fn risen(store: &Store) -> Marks {
+    let mut marks = marks(store);
+    (0..LANES).for_each(|lane| marks.looked(lane));
+    marks
+}
+
+#[test]
+fn the_newest_events_are_claimed_without_a_look() {
+    let db = database();
     let (one, other) = (store(&db), store(&db));
-    assert!(lock_fresh(&one, 100, &cursors).is_none());
+    let marks = risen(&one);
+    assert!(lock_newest(&one, 100, &marks).is_none());
     let (a, b) = two_keys_of_one_lane(&db);
     for key in [&a, &b, &a] {
         db.event("order.placed", key, "{}");
     }
-    let (locked, more) = lock_fresh(&one, 100, &cursors).unwrap();
+    let (locked, more) = lock_newest(&one, 100, &marks).unwrap();
     assert_eq!((&locked.lanes[..], more), (&[7][..], false), "a lane is locked once, whatever it has");
-    assert!(lock_fresh(&other, 100, &cursors).is_none(), "somebody has it");
+    assert!(lock_newest(&other, 100, &marks).is_none(), "somebody has it");
     let mut claim = locked.read(Large::Alone).unwrap();
     let events = claim.take_events();
     assert_eq!(seqs(&events), [1, 2, 3]);
-    claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
-    assert!(lock_fresh(&one, 100, &cursors).is_none(), "nothing is left");
+    settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+    assert!(lock_newest(&one, 100, &marks).is_none(), "nothing is left");
 
     db.events("order.placed", 500, 500);
-    let (locked, more) = lock_fresh(&one, 100, &cursors).unwrap();
+    let (locked, more) = lock_newest(&one, 100, &marks).unwrap();
     assert!(more && (1..=16).contains(&locked.lanes.len()), "{:?}", locked.lanes);
-    let (second, _) = lock_fresh(&other, 3, &by_lane(450)).unwrap();
+    drop(locked);
+    let (second, _) = lock_newest(&other, 3, &marks).unwrap();
     assert!((1..=3).contains(&second.lanes.len()), "{:?}: each may have an event", second.lanes);
-    assert!(second.lanes.iter().all(|lane| !locked.lanes.contains(lane)));
-    let events = second.read(Large::Alone).unwrap().take_events();
-    assert!(!events.is_empty() && events.iter().all(|event| event.seq > 450));
 }
 
 #[test]
-fn where_a_search_could_be_long_or_in_vain_fresh_events_are_left_to_a_look() {
-    let (db, mut cursors) = (database(), by_lane(0));
+fn far_from_the_last_number_the_newest_events_are_left_to_a_look() {
+    let db = database();
     let store = store(&db);
-    let held = db.event("order.placed", "a", "{}");
     db.event("order.placed", "a", "{}");
-    let found = |cursors: &ByLane<i64>| lock_fresh(&store, 100, cursors).is_some();
-    assert!(found(&cursors));
-    cursors[5] = marks::BEGINNING;
-    assert!(!found(&cursors), "everything that was published in that lane could be in the way");
-    cursors[5] = 0;
-    // What a look finds out stays known.
-    retry_in(&db, held, "1 minute");
-    assert!(claim_is_empty(&store));
-    assert!(!found(&cursors), "the second event waits for the first");
-    db.execute("UPDATE outboxes SET published_at = now(), next_attempt_at = NULL WHERE attempts = 1");
-    assert_eq!(claimable(&store), [held + 1]);
-    assert!(found(&cursors));
+    let near = marks(&store);
+    assert!(lock_newest(&store, 100, &near).is_none(), "a lane without a mark could have a long past");
+    let mut risen = risen(&store);
+    db.event("order.placed", "a", "{}");
+    assert!(lock_newest(&store, 100, &risen).is_some());
+    db.execute("SELECT setval('outboxes_seq_seq', 100000)");
+    risen.observe(&store.sample().unwrap().sample);
+    assert!(lock_newest(&store, 100, &risen).is_none());
 }
 
 #[test]
@@ -298,16 +331,15 @@ fn an_event_is_read_as_it_was_written() {
     let events: BTreeMap<String, Event> =
         claim.take_events().into_iter().map(|event| (event.topic.clone(), event)).collect();
     assert_eq!(events["a"].created_at, 631_152_000_000_001);
-    assert_eq!(events["a"].key, "k");
     assert_eq!(events["a"].metadata.as_deref(), Some(r#"{"n": 1, "ordering-key": "k"}"#));
     assert_eq!(events["a"].payload, "{\"text\": \"ä \u{2028}\"}");
-    assert_eq!((events["b"].created_at, events["b"].key.as_str()), (i64::MAX, "b"));
+    assert_eq!(events["b"].created_at, i64::MAX);
     assert_eq!((events["b"].metadata.as_deref(), events["b"].payload.as_str()), (None, "null"));
     assert_eq!((events["c"].created_at, events["c"].payload.as_str()), (i64::MIN, "1.10"));
     assert_eq!((events["a"].attempts, events["a"].in_retry), (0, false));
     // What was read comes back exactly, or these rows would not be found.
     let outcomes = events.values().map(|event| (event, &Outcome::Published));
-    assert_eq!(claim.settle(outcomes).unwrap(), Settled { published: 3, ..Settled::default() });
+    assert_eq!(settle(claim, outcomes).unwrap(), Settled { published: 3, ..Settled::default() });
     assert_eq!(db.published(), 3);
 }
 
@@ -330,9 +362,13 @@ fn a_settle_writes_every_outcome_and_leaves_the_rest() {
         "untouched" => Some(Outcome::Untouched),
         _ => None,
     };
+    let key = |event: &Event| {
+        let metadata: serde_json::Value = serde_json::from_str(event.metadata.as_ref().unwrap()).unwrap();
+        metadata["ordering-key"].as_str().unwrap().to_owned()
+    };
     let outcomes: Vec<_> =
-        events.iter().filter_map(|event| outcome(&event.key).map(|outcome| (event, outcome))).collect();
-    let settled = claim.settle(outcomes.iter().map(|(event, outcome)| (*event, outcome))).unwrap();
+        events.iter().filter_map(|event| outcome(&key(event)).map(|outcome| (event, outcome))).collect();
+    let settled = settle(claim, outcomes.iter().map(|(event, outcome)| (*event, outcome))).unwrap();
     assert_eq!(settled, Settled { published: 2, retried: 1, dead: 1, missed: 0 });
 
     let mut client = db.client();
@@ -360,7 +396,7 @@ fn a_backoff_counts_from_the_settle_not_from_the_claim() {
     let claimed = Instant::now();
     wait_until("two seconds pass", LIMIT, &[], || claimed.elapsed() > Duration::from_secs(2));
     let outcome = Outcome::Retry { attempts: 1, delay_ms: 1_500, error: "no".into() };
-    claim.settle([(&events[0], &outcome)]).unwrap();
+    settle(claim, [(&events[0], &outcome)]).unwrap();
     assert!(claim_is_empty(&store), "due before its backoff was over");
 }
 
@@ -382,10 +418,114 @@ fn a_settle_says_which_rows_were_no_longer_pending() {
         "UPDATE outboxes SET published_at = '2020-01-01' WHERE seq = 1;
          UPDATE outboxes SET dead_at = '2020-01-01' WHERE seq = 2; DELETE FROM outboxes WHERE seq = 3",
     );
-    let settled = claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+    let settled = settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap();
     assert_eq!(settled, Settled { published: 1, missed: 3, ..Settled::default() });
     assert_eq!(db.number("SELECT count(*) FROM outboxes WHERE published_at > now() - interval '1 day'"), 1);
     assert_eq!(db.dead(), 1);
+}
+
+#[test]
+fn a_row_that_moved_between_read_and_settle_is_settled_where_it_is() {
+    let db = database();
+    let store = store(&db);
+    db.events("order.placed", 10, 5);
+    let mut claim = claim(&store);
+    let events = claim.take_events();
+    db.execute("UPDATE outboxes SET payload = '{\"corrected\": true}' WHERE seq IN (3, 4)");
+    let settled = settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+    assert_eq!(settled, Settled { published: 10, ..Settled::default() });
+    assert_eq!((db.pending(), db.number("SELECT sum(attempts) FROM outboxes")), (0, 10), "each once");
+}
+
+#[test]
+fn a_row_that_went_to_another_partition_stays_pending_and_is_claimed_again() {
+    let db = database();
+    let store = store(&db);
+    db.execute("SELECT create_monthly_partition('outboxes', (now() - interval '1 month')::date)");
+    db.events("order.placed", 3, 3);
+    let mut claim = claim(&store);
+    let events = claim.take_events();
+    db.execute("UPDATE outboxes SET created_at = created_at - interval '1 month' WHERE seq = 2");
+    let settled = settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+    assert_eq!(settled, Settled { published: 2, missed: 1, ..Settled::default() });
+    assert_eq!(claimable(&store), [2]);
+    assert_eq!(publish(self::claim(&store)).published, 1);
+}
+
+/// It would give every row another place. A claim has read from the partition, so it waits for the claim.
+#[test]
+fn vacuum_full_comes_after_the_settle() {
+    let db = database();
+    let store = store(&db);
+    db.events("order.placed", 10, 5);
+    let mut claim = claim(&store);
+    let events = claim.take_events();
+    let partition = "(SELECT tableoid::regclass::text FROM outboxes LIMIT 1)";
+    let partition: String = db.client().query_one(partition.trim_matches(['(', ')']), &[]).unwrap().get(0);
+    let vacuum = format!("VACUUM FULL {partition}");
+    let mut hasty = db.client();
+    hasty.batch_execute("SET lock_timeout = '100ms'").unwrap();
+    let refused = hasty.batch_execute(&vacuum).unwrap_err();
+    assert_eq!(refused.code().unwrap().code(), "55P03", "{refused:?}");
+    let settled = settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+    assert_eq!(settled.published, 10);
+    db.events("order.placed", 10, 5);
+    hasty.batch_execute(&vacuum).unwrap();
+    assert_eq!(publish(self::claim(&store)).published, 10);
+}
+
+/// Claims from where these marks say, `events` of each read.
+fn claim_by(store: &Store, marks: &Marks, events: i32) -> Claim {
+    let lanes: Vec<i32> = (0..LANES).collect();
+    let limits = ClaimLimits { lanes: LANES, events, event_bytes: Some(usize::MAX) };
+    store.open().unwrap().lock(&lanes, limits, marks).unwrap().read(Large::Alone).unwrap()
+}
+
+#[test]
+fn a_claim_reads_on_where_its_read_has_ended() {
+    let db = database();
+    let store = store(&db);
+    for _ in 0..30 {
+        db.event("order.placed", "k", "{}");
+    }
+    let mut claim = claim_by(&store, &marks(&store), 640);
+    let mut events = claim.take_events();
+    assert_eq!(events.len(), 10, "of a lane, its share");
+    let next = claim.read_on().unwrap().unwrap();
+    assert_eq!(seqs(&next), (11..=30).collect::<Vec<i64>>(), "all of the claim's share is this lane's now");
+    events.extend(next);
+    assert!(claim.read_on().unwrap().is_none(), "there is no more");
+    assert_eq!(settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap().published, 30);
+    assert!(claimable(&store).is_empty());
+}
+
+#[test]
+fn a_claim_does_not_read_on_where_order_could_be_lost() {
+    let db = database();
+    let store = store(&db);
+    let before = marks(&store);
+    for _ in 0..30 {
+        db.event("order.placed", "k", "{}");
+    }
+    let reads_on = |marks: &Marks| {
+        let mut claim = claim_by(&store, marks, 640);
+        assert_eq!(claim.take_events().len(), 10);
+        claim.read_on().unwrap().map(|events| events.len())
+    };
+    assert_eq!(
+        reads_on(&before),
+        None,
+        "who has drawn a number since the sample may commit between the reads"
+    );
+    let mut writer = db.client();
+    writer
+        .batch_execute("BEGIN; INSERT INTO outboxes (topic, payload) VALUES ('order.placed', '{}')")
+        .unwrap();
+    assert_eq!(reads_on(&marks(&store)), None, "so may a writer that is not asked for yet");
+    writer.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(reads_on(&marks(&store)), Some(20));
+    retry_in(&db, 30, "1 minute");
+    assert_eq!(reads_on(&marks(&store)), None, "something in the lane is in retry");
 }
 
 #[test]
@@ -410,7 +550,7 @@ fn an_empty_claim_holds_no_connection_and_no_lock() {
     assert!(empty.is_empty() && !has_more(&empty));
     let state = store.pool_state();
     assert_eq!(state.connections, state.idle, "{state:?}");
-    assert_eq!(empty.settle([]).unwrap(), Settled::default());
+    assert_eq!(settle(empty, []).unwrap(), Settled::default());
 }
 
 #[test]
@@ -496,6 +636,11 @@ fn several_retries_of_a_key_come_in_seq_order() {
     assert_eq!(claimable(&store), [&[0], &all[..2]].concat());
 }
 
+/// Time until the earliest retry of all is due.
+fn next_due(store: &Store) -> Option<Duration> {
+    store.open().unwrap().due().unwrap().into_iter().map(|(_, due)| due).min()
+}
+
 #[test]
 fn a_retry_further_off_than_the_longest_backoff_is_due() {
     let db = database();
@@ -503,41 +648,41 @@ fn a_retry_further_off_than_the_longest_backoff_is_due() {
     let seq = db.event("order.placed", "a", "{}");
     retry_in(&db, seq, "299 seconds");
     assert!(claim_is_empty(&store));
-    assert!(store.outlook().unwrap().next_due.unwrap() > Duration::from_secs(290));
+    assert!(next_due(&store).unwrap() > Duration::from_secs(290));
     retry_in(&db, seq, "10 minutes");
     assert_eq!(claimable(&store), [seq]);
-    assert_eq!(store.outlook().unwrap().next_due, Some(Duration::ZERO));
+    assert_eq!(next_due(&store), Some(Duration::ZERO));
     db.execute("UPDATE outboxes SET next_attempt_at = 'infinity'");
     assert_eq!(claimable(&store), [seq]);
-    assert_eq!(store.outlook().unwrap().next_due, Some(Duration::ZERO));
+    assert_eq!(next_due(&store), Some(Duration::ZERO));
 }
 
 #[test]
 fn next_due_is_the_earliest_retry_of_all() {
     let db = database();
     let store = store(&db);
-    assert_eq!(store.outlook().unwrap().next_due, None);
+    assert_eq!(next_due(&store), None);
     for (key, interval) in [("a", "100 seconds"), ("b", "40 seconds"), ("c", "200 seconds")] {
         let seq = db.event("order.placed", key, "{}");
         retry_in(&db, seq, interval);
     }
-    let due = store.outlook().unwrap().next_due.unwrap();
+    let due = next_due(&store).unwrap();
     assert!((Duration::from_secs(35)..=Duration::from_secs(40)).contains(&due), "{due:?}");
     db.execute("UPDATE outboxes SET dead_at = now() WHERE seq = 2");
-    assert!(store.outlook().unwrap().next_due.unwrap() > Duration::from_secs(90));
+    assert!(next_due(&store).unwrap() > Duration::from_secs(90));
 }
 
 #[test]
 fn an_open_claim_is_there_to_see_for_others() {
     let db = database();
     let (one, other) = (store(&db), store(&db));
-    assert!(!other.outlook().unwrap().claims_open);
+    assert!(!other.claims_open().unwrap());
     db.event("order.placed", "a", "{}");
     let claim = claim_from(&one, 0, LANES, 10);
     assert!(claim_is_empty(&other), "the lane is locked");
-    assert!(other.outlook().unwrap().claims_open, "so it is worth looking again soon");
+    assert!(other.claims_open().unwrap(), "so it is worth looking again soon");
     drop(claim);
-    assert!(!other.outlook().unwrap().claims_open);
+    assert!(!other.claims_open().unwrap());
 }
 
 #[test]
@@ -585,10 +730,8 @@ fn a_key_longer_than_an_index_entry_can_be_retried() {
     db.event("order.placed", &key, "{}");
     let mut claim = claim(&store);
     let events = claim.take_events();
-    let md5: String = db.client().query_one("SELECT md5($1)", &[&key]).unwrap().get(0);
-    assert_eq!(events[0].key, md5, "a long key comes as its md5");
     let outcome = Outcome::Retry { attempts: 1, delay_ms: 60_000, error: "no".into() };
-    assert_eq!(claim.settle([(&events[0], &outcome)]).unwrap().retried, 1);
+    assert_eq!(settle(claim, [(&events[0], &outcome)]).unwrap().retried, 1);
     assert!(claim_is_empty(&store));
     bury(&db, first);
     assert_eq!(claimable(&store).len(), 1);
@@ -617,7 +760,7 @@ fn lanes_share_a_claim_and_a_hot_one_may_have_all_of_it() {
 
     // Fewer events than lanes: no lane is locked for nothing.
     let mut claim = claim_from(&store, 0, LANES, 3);
-    assert_eq!((claim.lanes.len(), claim.take_events().len()), (3, 3));
+    assert_eq!((claim.lanes().len(), claim.take_events().len()), (3, 3));
 }
 
 #[test]
@@ -645,7 +788,7 @@ fn a_claim_is_bounded_in_bytes() {
         random.extend((0..100_000).map(|_| if n % 2 == 0 { fastrand::alphanumeric() } else { 'x' }));
         insert.execute(sql, &[&format!("k{}", n % 3), &random]).unwrap();
     }
-    let mut seen: BTreeMap<String, Vec<i64>> = BTreeMap::new();
+    let mut seen: BTreeMap<i64, Vec<i64>> = BTreeMap::new();
     let mut claims = 0;
     loop {
         let mut claim = claim_from(&store, claims, LANES, 1_000);
@@ -659,9 +802,9 @@ fn a_claim_is_bounded_in_bytes() {
         let left = db.pending() > i64::try_from(events.len()).unwrap();
         assert!(has_more(&claim) || !left, "{} events left, and the claim does not say so", db.pending());
         for event in &events {
-            seen.entry(event.key.clone()).or_default().push(event.seq);
+            seen.entry(event.key_hash).or_default().push(event.seq);
         }
-        claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+        settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap();
         claims += 1;
     }
     assert!((7..=40).contains(&claims), "{claims} claims for 6 MB");
@@ -690,7 +833,7 @@ fn an_event_larger_than_the_bound_comes_alone() {
         let events = claim.take_events();
         assert_eq!((events.len(), events[0].lane), (1, lane));
         assert!(has_more(&claim) || left == 0);
-        claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap();
+        settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap();
         assert_eq!(db.pending(), left);
     }
 }
@@ -707,7 +850,7 @@ fn a_claim_whose_connection_is_killed_fails_and_frees_its_lanes() {
     let mut claim = claim(&store);
     let events = claim.take_events();
     assert_eq!(db.number(kill), 1);
-    let error = claim.settle(events.iter().map(|event| (event, &Outcome::Published))).unwrap_err();
+    let error = settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap_err();
     assert!(error.is_outage(), "{error}");
     wait_until("the lanes are free again", LIMIT, &[&db], || !claim_is_empty(&store));
     assert_eq!(db.published(), 0);
@@ -732,7 +875,7 @@ fn postgres_ends_a_claim_that_is_not_heard_of() {
     let mut lost = claim(&store);
     let events = lost.take_events();
     wait_until("another claim gets the lane", LIMIT, &[&db], || !claim_is_empty(&store));
-    let error = lost.settle([(&events[0], &Outcome::Published)]).unwrap_err();
+    let error = settle(lost, [(&events[0], &Outcome::Published)]).unwrap_err();
     assert!(error.is_outage(), "{error}");
     assert_eq!(db.published(), 0);
 }
@@ -745,7 +888,7 @@ fn a_refused_settle_dooms_the_connection_and_frees_the_lanes() {
     db.execute("ALTER TABLE outboxes ADD CONSTRAINT never CHECK (attempts < 1)");
     let mut claim = claim(&store);
     let events = claim.take_events();
-    let error = claim.settle([(&events[0], &Outcome::Published)]).unwrap_err();
+    let error = settle(claim, [(&events[0], &Outcome::Published)]).unwrap_err();
     assert_eq!(error.sqlstate(), Some("23514"));
     assert!(!error.is_outage());
     assert!(error.to_string().starts_with("23514: new row for relation"), "{error}");
@@ -830,7 +973,7 @@ fn a_listener_hears_of_committed_events() {
 fn the_backlog_counts_what_waits() {
     let db = database();
     let store = store(&db);
-    let empty = store.backlog().unwrap();
+    let empty = store.backlog(&[], 1_000).unwrap();
     assert_eq!((empty.pending, empty.retrying, empty.dead, empty.lag), (0, 0, 0, Duration::ZERO));
     db.events("order.placed", 10, 10);
     db.execute("UPDATE outboxes SET created_at = now() - interval '1 hour' WHERE seq = 3");
@@ -838,13 +981,13 @@ fn the_backlog_counts_what_waits() {
     retry_in(&db, 1, "1 minute");
     bury(&db, 2);
     db.execute("UPDATE outboxes SET published_at = now() WHERE seq = 4");
-    let backlog = store.backlog().unwrap();
+    let backlog = store.backlog(&[], 1_000).unwrap();
     assert_eq!((backlog.pending, backlog.retrying, backlog.dead), (10, 1, 1));
     let lag = backlog.lag.as_secs();
     assert!((3_600..3_700).contains(&lag), "{lag}");
     // The oldest may be one in retry.
     db.execute("UPDATE outboxes SET created_at = now() - interval '2 hours' WHERE seq = 1");
-    assert!(store.backlog().unwrap().lag.as_secs() >= 7_200);
+    assert!(store.backlog(&[], 1_000).unwrap().lag.as_secs() >= 7_200);
 }
 
 #[test]
@@ -857,11 +1000,7 @@ fn every_statement_prepares_against_the_schema() {
     assert!(files.len() >= 10);
     // These are parts of statements.
     Planned::prepare(&db);
-    let is_part = |file: &&PathBuf| {
-        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        name.starts_with("read_") || ["held", "find_lanes", "find_fresh"].contains(&name.as_str())
-    };
-    for file in files.iter().filter(|file| !is_part(file)) {
+    for file in &files {
         let text = std::fs::read_to_string(file).unwrap();
         if let Err(error) = client.prepare(&text) {
             panic!("{}: {error:?}", file.display());
@@ -907,10 +1046,13 @@ fn plans_hold_at_100_000_events_whatever_the_planner_knows() {
         let name: String = db.client().query_one(&format!("SELECT {name}"), &[]).unwrap().get(0);
         db.execute(&format!("VACUUM {name}"));
     }
+    full.from = 100_000;
     full.check("100,000 published, planned when pending");
-    Planned::prepare(&db).check("100,000 published, not analyzed since");
+    let mut late = Planned { from: 100_000, ..Planned::prepare(&db) };
+    late.check("100,000 published, not analyzed since");
     db.execute("ANALYZE outboxes");
-    Planned::prepare(&db).check("100,000 published, analyzed");
+    let mut analyzed = Planned { from: 100_000, ..Planned::prepare(&db) };
+    analyzed.check("100,000 published, analyzed");
 
     let empty = database();
     empty.execute("ANALYZE outboxes");
@@ -918,111 +1060,131 @@ fn plans_hold_at_100_000_events_whatever_the_planner_knows() {
     Planned::prepare(&empty).check("100,000 pending, analyzed when empty");
 }
 
+/// The same with as many as an outbox of some months has: 5,000,000 published, and 0, 10 and 1,000,000 pending.
+#[test]
+#[ignore = "loads 6,000,000 events, which takes minutes"]
+fn plans_hold_at_5_000_000_published_events() {
+    const PUBLISHED: i64 = 5_000_000;
+    let db = database();
+    db.execute(
+        "SELECT create_monthly_partition('outboxes', (now() - n * interval '1 month')::date)
+           FROM generate_series(1, 2) n;
+         DO $$ DECLARE partition regclass; BEGIN
+             FOR partition IN SELECT inhrelid FROM pg_inherits WHERE inhparent = 'outboxes'::regclass LOOP
+                 EXECUTE format('ALTER TABLE %s SET (autovacuum_enabled = off)', partition);
+             END LOOP;
+         END $$",
+    );
+    let insert = |events: i64, published_at: &str| {
+        db.execute(&format!(
+            "INSERT INTO outboxes (created_at, topic, metadata, payload, published_at)
+             SELECT now() - (n % 3) * interval '1 month', 'order.placed',
+                    jsonb_build_object('ordering-key', 'k' || n % 5000), jsonb_build_object('n', n), {published_at}
+               FROM generate_series(1, {events}) n"
+        ));
+    };
+    let prepare = || Planned { from: PUBLISHED, ..Planned::prepare(&db) };
+    let mut early = prepare();
+    insert(PUBLISHED, "now()");
+    let mut published = prepare();
+    for (more, pending) in [(0, "0"), (10, "10"), (1_000_000 - 10, "1,000,000")] {
+        insert(more, "NULL");
+        early.check(&format!("{pending} pending, planned when empty"));
+        published.check(&format!("{pending} pending, planned when 5,000,000 were published, never analyzed"));
+        prepare().check(&format!("{pending} pending, never analyzed"));
+    }
+    db.execute("ANALYZE outboxes");
+    early.check("analyzed after it was planned when empty");
+    let mut analyzed = prepare();
+    analyzed.check("1,000,000 pending, analyzed");
+    db.execute("UPDATE outboxes SET published_at = now() WHERE published_at IS NULL");
+    analyzed.from = PUBLISHED + 1_000_000;
+    analyzed.check("0 pending, analyzed with 1,000,000");
+}
+
 /// A session that has the claim's statements prepared.
 struct Planned {
     client: Client,
+    /// Where a read begins.
+    from: i64,
 }
 
 impl Planned {
     fn prepare(db: &TestDb) -> Planned {
         let mut client = db.client();
         for (name, types, text) in [
-            (
-                "find_lanes",
-                "int[], bigint[], bool, bool, bigint",
-                concat!(
-                    include_str!("../src/postgres/held.sql"),
-                    include_str!("../src/postgres/find_lanes.sql")
-                ),
-            ),
-            (
-                "find_fresh",
-                "int[], bigint[], bool, bool, bigint",
-                concat!(
-                    include_str!("../src/postgres/held.sql"),
-                    include_str!("../src/postgres/find_fresh.sql")
-                ),
-            ),
-            ("lock_fresh", "int[], bigint, int", include_str!("../src/postgres/lock_fresh.sql")),
+            ("look", "int[], bigint[], int[], bigint", include_str!("../src/postgres/look.sql")),
+            ("due", "bigint", include_str!("../src/postgres/due.sql")),
+            ("lock_newest", "int[], bigint, int", include_str!("../src/postgres/lock_newest.sql")),
             ("lock_lanes", "int[], int", include_str!("../src/postgres/lock_lanes.sql")),
             (
-                "read_any",
-                "int[], int, bool, bool, bigint, bigint, bigint[], bigint",
-                concat!(
-                    include_str!("../src/postgres/held.sql"),
-                    include_str!("../src/postgres/read_before.sql"),
-                    include_str!("../src/postgres/read_any.sql"),
-                    include_str!("../src/postgres/read_after.sql"),
-                ),
+                "read",
+                "int[], bigint[], int, bigint, bigint, bigint, bigint[], bool, bool, bigint",
+                include_str!("../src/postgres/read.sql"),
             ),
             (
-                "read_fresh",
-                "int[], int, bool, bool, bigint, bigint, bigint[], bigint",
-                concat!(
-                    include_str!("../src/postgres/held.sql"),
-                    include_str!("../src/postgres/read_before.sql"),
-                    include_str!("../src/postgres/read_fresh.sql"),
-                    include_str!("../src/postgres/read_after.sql"),
-                    include_str!("../src/postgres/read_held.sql"),
-                ),
+                "read_retries",
+                "int[], bigint, int, bigint, bigint, bigint, bool, bool, bool",
+                include_str!("../src/postgres/read_retries.sql"),
             ),
-            ("left_out", "int[], bigint[], bigint[], bigint[]", include_str!("../src/postgres/left_out.sql")),
+            ("held_keys", "bigint[], bool", include_str!("../src/postgres/held_keys.sql")),
             (
                 "settle_published",
-                "uuid[], timestamptz[]",
+                "tid[], timestamptz[], uuid[]",
                 include_str!("../src/postgres/settle_published.sql"),
             ),
+            ("settle_moved", "timestamptz[], uuid[]", include_str!("../src/postgres/settle_moved.sql")),
         ] {
             client.batch_execute(&format!("PREPARE {name} ({types}) AS {text}")).unwrap();
         }
-        Planned { client }
+        Planned { client, from: 0 }
     }
 
     fn check(&mut self, state: &str) {
-        let (lanes, cursors) = ("{5,6,7,8,9,10,11,12,13,14}", "{0,0,0,0,0,0,0,0,0,0}");
+        let lanes = "{5,6,7,8,9,10,11,12,13,14}";
         for mode in ["force_generic_plan", "force_custom_plan"] {
             let settings = CLAIM_PLANS.replace("force_generic_plan", mode);
             self.client.batch_execute(&format!("BEGIN; {settings}")).unwrap();
-            for block_on_dead in [false, true] {
-                for find in ["find_lanes", "find_fresh"] {
-                    self.check_one(
-                        state,
-                        mode,
-                        &format!("{find} ('{lanes}', '{cursors}', true, {block_on_dead}, 300000)"),
-                        1_500,
-                    );
-                }
-                for read in ["read_any", "read_fresh"] {
-                    self.check_one(
-                        state,
-                        mode,
-                        &format!(
-                            "{read} ('{lanes}', 100, true, {block_on_dead}, 300000, 1000000, '{cursors}', 1000000, true)"
-                        ),
-                        2_500,
-                    );
-                }
-            }
-            self.check_one(state, mode, &format!("lock_fresh ('{lanes}', 0, 16)"), 1_500);
-            self.check_one(state, mode, &format!("lock_lanes ('{lanes}', 13)"), 1_500);
+            // What is published is not walked over, as a claim begins behind it.
+            let from = format!("array_fill({}::bigint, ARRAY[10])", self.from);
             self.check_one(
                 state,
                 mode,
-                &format!("left_out ('{lanes}', '{cursors}', '{cursors}', '{cursors}')"),
+                &format!("look ('{lanes}', {from}, array_fill(0, ARRAY[10]), 1000)"),
                 1_500,
             );
-            let (ids, created_at) = self.some_events(100);
-            self.check_one(state, mode, &format!("settle_published ('{ids}', '{created_at}')"), 2_000);
+            self.check_one(state, mode, "due (300000)", 2_500);
+            self.check_one(state, mode, &format!("lock_newest ('{lanes}', {}, 16)", self.from), 1_500);
+            self.check_one(state, mode, &format!("lock_lanes ('{lanes}', 13)"), 1_500);
+            for block_on_dead in [false, true] {
+                let read = format!(
+                    "read ('{lanes}', {from}, 100, 1000, 1000000, 1000000, '{{1,2}}', {block_on_dead}, true, 10000)"
+                );
+                self.check_one(state, mode, &read, 2_500);
+                let retries = format!(
+                    "read_retries ('{lanes}', 1000, 100, 300000, 1000000, 1000000, true, {block_on_dead}, true)"
+                );
+                self.check_one(state, mode, &retries, 5_000);
+                let sql =
+                    "SELECT array_agg(outbox_key_hash('k' || n, NULL))::text FROM generate_series(1, 50) n";
+                let keys: String = self.client.query_one(sql, &[]).unwrap().get(0);
+                self.check_one(state, mode, &format!("held_keys ('{keys}', {block_on_dead})"), 2_500);
+            }
+            let (places, ids, created_at) = self.some_events(100);
+            let settle = format!("settle_published ('{places}', '{created_at}', '{ids}')");
+            self.check_one(state, mode, &settle, 2_000);
+            self.check_one(state, mode, &format!("settle_moved ('{created_at}', '{ids}')"), 2_000);
             self.client.batch_execute("ROLLBACK").unwrap();
         }
     }
 
-    /// The ids and created_ats of some events, as array texts.
-    fn some_events(&mut self, events: i64) -> (String, String) {
-        let sql = "SELECT coalesce(array_agg(id), '{}')::text, coalesce(array_agg(created_at), '{}')::text
-                     FROM (SELECT * FROM outboxes LIMIT $1) AS any_of_them";
+    /// The places, ids and created_ats of some events, as array texts.
+    fn some_events(&mut self, events: i64) -> (String, String, String) {
+        let sql = "SELECT coalesce(array_agg(ctid), '{}')::text, coalesce(array_agg(id), '{}')::text,
+                          coalesce(array_agg(created_at), '{}')::text
+                     FROM (SELECT ctid, * FROM outboxes LIMIT $1) AS any_of_them";
         let row = self.client.query_one(sql, &[&events]).unwrap();
-        (row.get(0), row.get(1))
+        (row.get(0), row.get(1), row.get(2))
     }
 
     /// Runs a statement and looks at its plan and at the pages it read, planning not included.
@@ -1033,6 +1195,7 @@ impl Planned {
         let lines: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
         let plan = lines.join("\n");
 
+        let plan = plan.replace("Seq Scan on outboxes_seq_seq", "the sequence");
         for forbidden in ["Seq Scan", "Bitmap", "Hash Join", "Merge Join", "Memoize", "JIT"] {
             assert!(!plan.contains(forbidden), "{what}: {forbidden}\n{plan}");
         }

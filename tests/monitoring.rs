@@ -238,6 +238,7 @@ fn healthy() -> BTreeMap<String, String> {
         ("outbox_last_publish_timestamp_seconds", growing(60)),
         ("outbox_backlog_last_success_timestamp_seconds", growing(60)),
         ("outbox_upkeep_last_success_timestamp_seconds", growing(60)),
+        ("outbox_sweep_last_pass_timestamp_seconds", growing(60)),
         ("outbox_partitions_ahead_days", steady(100.0)),
         ("outbox_pool_connections{state=\"busy\"}", steady(6.0)),
         ("outbox_pool_max_connections", steady(20.0)),
@@ -318,6 +319,7 @@ fn cases() -> Vec<Case> {
             "422m",
         ),
         ("OutboxOldSnapshot", vec![("outbox_oldest_transaction_seconds", steady(4000.0))], "4m", "6m"),
+        ("OutboxSweepFound", vec![("outbox_sweep_found_total", text("0+0x5 3+0x60"))], "5m", "7m"),
         ("OutboxHeadersAltered", vec![("outbox_headers_altered_total", text("0+0x5 1+0x60"))], "5m", "7m"),
         (
             "OutboxVersionsMixed",

@@ -4,6 +4,7 @@ use std::process::Output;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::counting::set_marks;
 use crate::harness::daemon::pg_outbox;
 use crate::harness::{Config, Daemon, TestDb, database, stream, unique, wait_until};
 
@@ -148,6 +149,30 @@ fn a_pending_event_and_a_dead_letter_are_never_deleted_however_old() {
     assert!(daemon.metric("outbox_events_deleted_total") >= 6.0);
     assert_eq!(daemon.log_lines("it has dead letters").len(), 1, "{}", daemon.log());
     assert_eq!(daemon.log_lines("it has pending events").len(), 2, "{}", daemon.log());
+}
+
+/// Marks say that all before them is settled, and what they do not know of (a row that somebody set back, or that a
+/// replication brought) is for the sweep to find, before anything else happens to it.
+#[test]
+fn an_event_that_the_marks_have_passed_keeps_its_partition_and_is_published() {
+    let (db, stream) = (database(), stream());
+    make_old_partitions(&db, 4);
+    old_events(&db, 100, 5, PUBLISHED);
+    old_events(&db, 70, 5, PUBLISHED);
+    set_marks(&db, "(SELECT last_value FROM outbox_sequence())");
+    let (old, passed) = (partition_of(&db, 70), partition_of(&db, 100));
+    db.execute(&format!("UPDATE {passed} SET published_at = NULL WHERE seq = 3"));
+    let config = Config::new(&db, &stream);
+    let said = printed(&partitions(&config, &["drop"]));
+    assert!(said.contains(&format!("kept {passed}: it has pending events")), "{said}");
+    assert!(
+        said.contains(&format!("dropped {old}\n")) && exists(&db, &passed) && !exists(&db, &old),
+        "{said}"
+    );
+    let daemon = Daemon::start(&config);
+    wait_until("it is published", LIMIT, &[&db, &daemon], || db.pending() == 0);
+    assert_eq!(stream.count(), 1);
+    assert!(printed(&partitions(&config, &["drop"])).contains(&format!("dropped {passed}\n")));
 }
 
 #[test]

@@ -76,9 +76,9 @@ fn psql_and_migrate_install_the_same_schema_and_once_is_enough() {
     let by_psql = TestDb::without_schema(postgres);
     let by_migrate = TestDb::without_schema(postgres);
     run_psql(&mut postgres.psql(&by_psql.name));
-    assert_eq!(run_migrate(&by_migrate.dsn, None).unwrap(), "schema version 1 applied\n");
+    assert_eq!(run_migrate(&by_migrate.dsn, None).unwrap(), "schema version 2 applied\n");
     let schema = dump(&by_psql);
-    assert!(schema.contains("outboxes_fresh_by_lane"));
+    assert!(schema.contains("outboxes_by_lane"));
     assert_eq!(schema, dump(&by_migrate));
 
     // Again, crosswise, while a writer is in the middle of a transaction: nothing changes, nobody waits.
@@ -89,10 +89,10 @@ fn psql_and_migrate_install_the_same_schema_and_once_is_enough() {
         )
         .unwrap();
     run_psql(postgres.psql(&by_migrate.name).env("PGOPTIONS", "-c lock_timeout=1s"));
-    assert_eq!(run_migrate(&by_migrate.dsn, None).unwrap(), "schema is up to date, at version 1\n");
+    assert_eq!(run_migrate(&by_migrate.dsn, None).unwrap(), "schema is up to date, at version 2\n");
     assert_eq!(
         run_migrate(&by_psql.dsn, Some(OrderingScope::Key)).unwrap(),
-        "schema is up to date, at version 1\n"
+        "schema is up to date, at version 2\n"
     );
     assert_eq!(schema, dump(&by_psql));
     assert_eq!(schema, {
@@ -161,14 +161,24 @@ fn the_order_is_chosen_once() {
 
 #[test]
 fn lanes_of_keys_never_change() {
-    // First byte of the md5 of the key, modulo 64. Rows are found by these numbers: one that changes hides events.
+    // hashtextextended of the key, and its lower 6 bits. Rows are found by these numbers: one that changes hides events.
     let mut client = database().client();
-    let sql = "SELECT outbox_lane('t', jsonb_build_object('ordering-key', $1::text)), outbox_lane($1, NULL)";
-    for (key, lane) in
-        [("a", 12), ("b", 18), ("order-1", 46), ("", 20), ("ä", 4), ("k1", 54), ("customer/42", 39)]
-    {
+    let sql = "SELECT outbox_lane('t', m.metadata), outbox_lane($1, NULL), outbox_key_hash('t', m.metadata),
+                      outbox_key_hash($1, NULL), hashtextextended($1, 0), (hashtextextended($1, 0) & 63)::int
+                 FROM (SELECT jsonb_build_object('ordering-key', $1::text) AS metadata) AS m";
+    for (key, hash, lane) in [
+        ("a", 3_591_986_179_850_072_241_i64, 49),
+        ("b", -1_633_062_336_851_484_768, 32),
+        ("order-1", 4_600_028_448_891_172_555, 11),
+        ("", -6_939_563_903_564_495_251, 45),
+        ("ä", 727_577_435_721_441_419, 11),
+        ("k1", -8_407_625_331_169_925_676, 20),
+        ("customer/42", 5_130_075_490_246_093_531, 27),
+    ] {
         let row = client.query_one(sql, &[&key]).unwrap();
-        assert_eq!((row.get::<_, i32>(0), row.get::<_, i32>(1)), (lane, lane), "{key}");
+        let lanes: [i32; 3] = [row.get(0), row.get(1), row.get(5)];
+        let hashes: [i64; 3] = [row.get(2), row.get(3), row.get(4)];
+        assert_eq!((lanes, hashes), ([lane; 3], [hash; 3]), "{key}");
     }
 }
 
@@ -176,11 +186,13 @@ fn lanes_of_keys_never_change() {
 fn key_and_lane_cost_an_insert_no_function_call() {
     // The index shows it: what the planner looks for is the expression, not the function.
     let mut client = database().client();
-    let plan = "EXPLAIN SELECT FROM outboxes WHERE outbox_lane(topic, metadata) = 1 AND outbox_key(topic, metadata) = 'k'";
+    let plan = "EXPLAIN SELECT FROM outboxes WHERE outbox_lane(topic, metadata) = 1 AND outbox_key(topic, metadata) = 'k'
+                                               AND outbox_key_hash(topic, metadata) = 7";
     let rows = client.query(plan, &[]).unwrap();
     let plan = rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>().join("\n");
     assert!(
-        plan.contains("md5(COALESCE((metadata ->> 'ordering-key'") && !plan.contains("outbox_key("),
+        plan.contains("hashtextextended((COALESCE((metadata ->> 'ordering-key'")
+            && !plan.contains("outbox_key"),
         "{plan}"
     );
 }
@@ -509,9 +521,9 @@ fn check_names_what_the_schema_lacks() {
     assert_eq!(
         store.schema_problems().unwrap(),
         [
-            "column outboxes.last_error is missing; run `pg-outbox migrate`",
-            "index outboxes_retry_by_key is missing; run `pg-outbox migrate`",
-            "DEFAULT partition of table outboxes is missing; run `pg-outbox migrate`",
+            "column outboxes.last_error is missing; run `pg-outbox migrate --adopt`",
+            "index outboxes_retry_by_key is missing; run `pg-outbox migrate --adopt`",
+            "DEFAULT partition of table outboxes is missing; run `pg-outbox migrate --adopt`",
             "4 of 64 rows of table outbox_lanes is missing; run `pg-outbox migrate`",
         ]
     );
@@ -521,6 +533,7 @@ fn check_names_what_the_schema_lacks() {
         [
             "table outboxes is missing; run `pg-outbox migrate`",
             "table outbox_lanes is missing; run `pg-outbox migrate`",
+            "table outbox_schema is missing; run `pg-outbox migrate`",
         ]
     );
 }

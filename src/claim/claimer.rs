@@ -5,18 +5,17 @@
 //! Where a read has failed, or met an event that is larger than a claim may be, it reads the lane itself: first one
 //! event, and then more and more. One look into the lanes feeds the claims that follow: what it found is shared out
 //! among the free workers, and a lane that had more than its claim could take goes back to the end of the queue, so
-//! that no lane starves. Looks and reads begin at the lanes' cursors (see `lane/marks.rs`); what is known of the lanes is
+//! that no lane starves. Looks and reads begin at the lanes' marks (see `lane/marks.rs`); what is known of the lanes is
 //! in `search.rs`.
 //!
 //! When a wake-up ends a rest that was not too short, a few events have come, and somebody waits for them: it tries first to lock their lanes
-//! without a look, which is a round trip less ([`Opening::lock_fresh`]). What that does not find, the look does that
+//! without a look, which is a round trip less ([`Opening::lock_newest`]). What that does not find, the look does that
 //! follows when the worker has finished.
 //!
 //! An empty look lets it rest until something may have changed: a wake-up; a worker that finished (its lanes were
 //! locked, so events that were committed meanwhile could not be claimed); the next retry that falls due; or the
 //! poll. While somebody has claims open it looks again soon, after `poll_interval` at the latest: should that
-//! instance die, its lanes come free without any notification. Before a long rest it
-//! looks once from the beginning of every lane, whatever the cursors say.
+//! instance die, its lanes come free without any notification.
 //!
 //! It never gives up on the database: it says once that claims fail, and once that they work again.
 
@@ -29,20 +28,21 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 
-use super::search::{REST_MIN, REWIND_INTERVAL, Search};
+use super::sampler::Samples;
+use super::search::{REST_MIN, Search};
+use super::trouble::{TROUBLE_PAUSE, Trouble};
 use crate::boottime::Boottime;
 use crate::claim::wakeup::Doze;
 use crate::config::live::Live;
 use crate::lane::LANES;
-use crate::lane::marks::Basis;
+use crate::lane::progress::LaneProgress;
 use crate::nats::Publisher;
-use crate::ops::health::{Health, HealthPart, Heartbeat};
+use crate::ops::health::{Health, Heartbeat};
+use crate::ops::mend::LaneAlarm;
 use crate::ops::metrics::Metrics;
-use crate::postgres::{ClaimLimits, Fresh, Head, Large, Locked, Opening, Sessions, Store, StoreError};
+use crate::postgres::{ClaimLimits, Head, Large, Locked, Newest, Opening, Sampled, Store, StoreError};
 use crate::publish::{Finished, Job, Stage};
 
-/// First and longest pause between claims that fail.
-const TROUBLE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Writers need not notify any more when claims went on for so long without a rest.
 const AWAKE_AFTER: Duration = Duration::from_millis(20);
 
@@ -70,6 +70,10 @@ pub struct Claimer {
     pub poll_interval: Duration,
     /// Rest with wake-ups.
     pub fallback_interval: Duration,
+    /// Where it says how far each lane is read.
+    pub progress: LaneProgress,
+    /// Where it says that lanes are missing.
+    pub lane_alarm: LaneAlarm,
     /// Postgres and schema are reported here.
     pub health: Health,
     /// Its pulse.
@@ -79,7 +83,7 @@ pub struct Claimer {
 }
 
 /// Why the loop goes on or not.
-enum Turn {
+pub(super) enum Turn {
     Claim,
     Stop,
 }
@@ -101,58 +105,111 @@ impl Claimer {
     ///
     /// # Errors
     /// None of its own.
-    pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
+    pub fn run(self, mut samples: Samples, stop: &Receiver<Infallible>) -> Result<()> {
         if let Turn::Stop = self.await_schema(stop) {
             return Ok(());
         }
-        let mut search = Search::new(Instant::now());
+        let mut search = Search::new();
+        self.claim(&mut search, &mut samples, stop);
+        self.keep_marks(search);
+        Ok(())
+    }
+
+    /// Claims until `stop` fires.
+    fn claim(&self, search: &mut Search, samples: &mut Samples, stop: &Receiver<Infallible>) {
         let mut trouble = Trouble::default();
         let mut woken = false;
         loop {
             self.heartbeat.idle();
-            if let Turn::Stop = self.await_turn(&mut search, &mut trouble, stop) {
-                return Ok(());
+            if let Turn::Stop = self.await_turn(search, &mut trouble, stop) {
+                return;
             }
             self.heartbeat.beat();
             while let Ok(finished) = self.free.try_recv() {
                 search.finished(finished);
             }
+            if let Ok(sampled) = samples.taken().try_recv() {
+                self.observe(search, samples, sampled);
+            }
+            self.progress.set(&search.marks, search.sampled_at);
             // A wake-up before the look's snapshot is answered by the look itself.
             woken |= self.doze.wake_ups().try_recv().is_ok();
-            let rest = match self.attempt_after_news(&mut search, &mut woken, &mut trouble) {
+            search.wants_sample &= !samples.ask(Instant::now());
+            let rest = match self.attempt_after_news(search, &mut woken, &mut trouble) {
                 Ok(Attempt::Claimed(job)) => {
                     if search.sent(&job, Instant::now()) >= AWAKE_AFTER {
                         self.doze.awake();
                     }
                     if self.jobs.send(*job).is_err() {
-                        return Ok(());
+                        return;
                     }
                     if mem::take(&mut search.look_at_once) || !search.ready.is_empty() {
                         continue;
                     }
-                    self.nap(&mut search)
+                    self.nap(search)
                 }
                 Ok(Attempt::Missed) => continue,
                 Ok(Attempt::Elsewhere) => {
                     self.doze.awake();
-                    self.nap(&mut search)
+                    self.nap(search)
                 }
-                Ok(Attempt::Nothing) if search.has_claims() => self.nap(&mut search),
-                Ok(Attempt::Nothing)
-                    if search.claimed_since_rewind
-                        && search.rewind_after(REWIND_INTERVAL, Instant::now()) =>
-                {
-                    continue;
-                }
-                Ok(Attempt::Nothing) => self.rest(&mut search),
-                Err(error) => self.pause_after(&error, &mut search, &mut trouble),
+                Ok(Attempt::Nothing) if search.has_claims() => self.nap(search),
+                Ok(Attempt::Nothing) => self.rest(search),
+                Err(error) => self.pause_after(&error, search, &mut trouble),
             };
+            let rest = if search.wants_sample { samples.next_in(Instant::now()).min(rest) } else { rest };
             self.heartbeat.idle();
-            select! {
-                recv(stop) -> _ => return Ok(()),
-                recv(self.doze.wake_ups()) -> _ => woken = true,
-                recv(self.free) -> finished => search.finished(finished.unwrap_or_default()),
-                default(rest) => {}
+            let until = Instant::now() + rest;
+            let mut goes_on = false;
+            while !goes_on {
+                goes_on = true;
+                select! {
+                    recv(stop) -> _ => return,
+                    recv(self.doze.wake_ups()) -> _ => (woken, search.wants_sample) = (true, true),
+                    recv(self.free) -> finished => search.finished(finished.unwrap_or_default()),
+                    recv(samples.taken()) -> sampled => if let Ok(sampled) = sampled {
+                        goes_on = self.observe(search, samples, sampled);
+                    },
+                    // What nobody wakes us for: a writer that has ended shows in a sample.
+                    default(until.saturating_duration_since(Instant::now())) => search.wants_sample = true,
+                }
+            }
+        }
+    }
+
+    /// Hangs up on the workers, hears how their last claims end, and writes how far the lanes are settled: the next start begins
+    /// there instead of where claims have written it last.
+    fn keep_marks(self, mut search: Search) {
+        let Claimer { store, jobs, free, heartbeat, .. } = self;
+        drop(jobs);
+        heartbeat.idle();
+        free.iter().for_each(|finished| search.finished(finished));
+        match store.keep_marks(&search.marks) {
+            Ok(lanes) => log::debug!("marks kept: lanes={lanes}"),
+            Err(error) => log::debug!("marks not kept, the next start begins further back: {error}"),
+        }
+    }
+
+    /// A sample has come, or failed; returns whether it lets events be found that a look before it need not have found.
+    fn observe(
+        &self,
+        search: &mut Search,
+        samples: &mut Samples,
+        sampled: Result<Sampled, StoreError>,
+    ) -> bool {
+        let asked_at = samples.came(Instant::now());
+        match sampled {
+            Ok(sampled) => {
+                if sampled.misses_rows {
+                    self.lane_alarm.raise();
+                }
+                let news = search.sampled(&sampled.sample, asked_at);
+                self.progress.set(&search.marks, search.sampled_at);
+                news
+            }
+            Err(error) => {
+                log::debug!("sample of the writers failed, the one before is kept: {error}");
+                false
             }
         }
     }
@@ -169,55 +226,6 @@ impl Claimer {
             Turn::Stop => Turn::Stop,
             Turn::Claim => self.await_settles(trouble, stop),
         }
-    }
-
-    /// Waits until the schema is there, saying once what is missing. Learns before what connections are.
-    fn await_schema(&self, stop: &Receiver<Infallible>) -> Turn {
-        let mut said = String::new();
-        let mut sessions = None;
-        loop {
-            self.heartbeat.beat();
-            let missing = match self.schema_problems(&mut sessions) {
-                Ok(problems) if problems.is_empty() => {
-                    self.health.set(HealthPart::Postgres, Ok(()));
-                    self.health.set(HealthPart::Schema, Ok(()));
-                    for hidden in self.store.hidden().unwrap_or_default() {
-                        log::warn!("{hidden}");
-                    }
-                    return Turn::Claim;
-                }
-                Ok(problems) => {
-                    self.health.set(HealthPart::Postgres, Ok(()));
-                    let problems = problems.join("; ");
-                    self.health.set(HealthPart::Schema, Err(problems.clone()));
-                    format!("schema is not ready: {problems}")
-                }
-                Err(error) => {
-                    self.health.set(HealthPart::Postgres, Err(error.to_string()));
-                    format!("postgres is not ready: {error}")
-                }
-            };
-            if said != missing {
-                log::warn!("{missing}");
-                said = missing;
-            }
-            select! {
-                recv(stop) -> _ => return Turn::Stop,
-                default(self.poll_interval.min(Duration::from_secs(1))) => {}
-            }
-        }
-    }
-
-    /// What the schema lacks; the first time, what connections are as well.
-    fn schema_problems(&self, sessions: &mut Option<Sessions>) -> Result<Vec<String>, StoreError> {
-        if sessions.is_none() {
-            *sessions = Some(self.store.probe_sessions()?);
-            if *sessions == Some(Sessions::Shared) {
-                let so = self.store.in_shared_sessions();
-                log::info!("connections share sessions, as behind a transaction pooler: {so}");
-            }
-        }
-        self.store.schema_problems()
     }
 
     /// Waits while an outage keeps the gate closed.
@@ -273,7 +281,7 @@ impl Claimer {
 
     /// A claim failed: nothing that is known of the lanes holds. Returns how long to pause.
     fn pause_after(&self, error: &StoreError, search: &mut Search, trouble: &mut Trouble) -> Duration {
-        search.forget();
+        search.look_anew();
         self.metrics.claim_failed();
         self.metrics.postgres_error();
         trouble.again(error, &self.health)
@@ -282,31 +290,20 @@ impl Claimer {
     /// Looks for lanes if that is due, and claims a free worker's share of what is known. When it was `woken` from a rest, it
     /// first tries to do without a look.
     fn attempt(&self, search: &mut Search, woken: bool) -> Result<Attempt, StoreError> {
-        search.rewind_after(self.fallback_interval, Instant::now());
-        // Not before the first claim after a rest, for which somebody waits.
-        if search.awake_since.is_some() && search.horizon_is_due(Instant::now()) {
-            match self.store.horizon()? {
-                Some(reading) => search.cursors.observe(reading),
-                None => search.go_without_cursors(),
-            }
-        }
         let mut opening = self.store.open()?;
         let batch = i32::try_from(self.live.now().batch_size).unwrap_or(i32::MAX);
         if woken && search.has_rested(Instant::now()) {
-            let (basis, lanes) = (search.cursors.basis(), search.unclaimed_without_care());
-            match opening.lock_fresh(&lanes, self.limits(batch), search.cursors.positions())? {
-                Fresh::Locked { locked, more } => {
+            let lanes = search.unclaimed_without_care();
+            match opening.lock_newest(&lanes, self.limits(batch), &search.marks)? {
+                Newest::Locked { locked, more } => {
                     search.look_at_once = more;
-                    return Ok(self.locked(search, basis, locked));
+                    return Ok(self.locked(search, locked));
                 }
-                Fresh::Nothing(same) => opening = same,
+                Newest::Nothing(same) => opening = same,
             }
         }
-        let looks = search.look_is_due(Instant::now());
-        if looks {
-            let basis = search.cursors.basis();
-            let found = opening.find(&search.unclaimed(), search.cursors.positions())?;
-            search.found(basis, &found);
+        if search.look_is_due(Instant::now()) && !self.look(search, &mut opening)? {
+            return Ok(Attempt::Missed);
         }
         let lanes = search.take_share(batch);
         if lanes.is_empty() {
@@ -315,22 +312,51 @@ impl Claimer {
         if search.care.is_needed(&lanes) {
             return self.claim_with_care(opening, search, &lanes, batch);
         }
-        let basis = search.cursors.basis();
-        let locked = opening.lock(&lanes, self.limits(batch), search.cursors.positions())?;
+        let locked = opening.lock(&lanes, self.limits(batch), &search.marks)?;
         search.put_back(&lanes, &locked.lanes, batch);
-        Ok(self.locked(search, basis, locked))
+        Ok(self.locked(search, locked))
+    }
+
+    /// Looks into the lanes that are not ours now, and of which nothing is known: for fresh events, for keys that are free again, and for retries that are due.
+    /// False when another server answered than the one that the marks belong to.
+    fn look(&self, search: &mut Search, opening: &mut Opening) -> Result<bool, StoreError> {
+        let lanes = search.unknown();
+        if lanes.is_empty() {
+            return Ok(true);
+        }
+        let looked = opening.look(&lanes, &search.marks)?;
+        if looked.server.is_some_and(|server| search.marks.is_other_life(server)) {
+            search.forget();
+            return Ok(false);
+        }
+        search.looked(&looked);
+        let left_out: Vec<(i32, Vec<i64>)> = lanes
+            .iter()
+            .map(|&lane| (lane, search.marks.start(lane).left_out.keys()))
+            .filter(|(_, keys)| !keys.is_empty())
+            .collect();
+        if !left_out.is_empty() {
+            let keys: Vec<i64> = left_out.iter().flat_map(|(_, keys)| keys).copied().collect();
+            let free = opening.free_keys(&keys)?;
+            let of_lane =
+                |(lane, keys): (i32, Vec<i64>)| keys.iter().any(|key| free.contains(key)).then_some(lane);
+            search.is_ready(left_out.into_iter().filter_map(of_lane));
+        }
+        let due = if looked.any_in_retry { opening.due()? } else { Vec::new() };
+        search.due(&due, Instant::now());
+        Ok(true)
     }
 
     /// What became of lanes that were tried to be locked, for a worker to read them.
-    fn locked(&self, search: &mut Search, basis: Basis, locked: Locked) -> Attempt {
+    fn locked(&self, search: &mut Search, locked: Locked) -> Attempt {
         Self::missed(search, &locked).unwrap_or_else(|| {
             let stage = Stage::Locked(locked);
-            Attempt::Claimed(Box::new(Job { stage, basis, bytes: self.max_claim_bytes }))
+            Attempt::Claimed(Box::new(Job { stage, bytes: self.max_claim_bytes }))
         })
     }
 
     fn limits(&self, events: i32) -> ClaimLimits {
-        ClaimLimits { lanes: LANES, events, event_bytes: self.publisher.max_payload() }
+        ClaimLimits { lanes: LANES, events, event_bytes: Some(self.publisher.max_payload()) }
     }
 
     /// Why lanes that were tried, or what was known of them, are no good; `None` if they are. Dropped, they are given
@@ -339,12 +365,12 @@ impl Claimer {
         if locked.lanes.is_empty() {
             return Some(Self::got_nothing(search));
         }
-        if locked.server != search.server {
-            // Also the first time. What would be read with the cursors of another life is not read.
+        if search.marks.is_other_life(locked.server) {
+            // What would be read from the marks of another life is not read.
             search.forget();
-            search.server = locked.server;
             return Some(Attempt::Missed);
         }
+        search.marks.belong_to(locked.server);
         None
     }
 
@@ -356,20 +382,18 @@ impl Claimer {
     /// Claims lanes in which a claim has failed, and reads them here.
     fn claim_with_care(
         &self,
-        mut opening: Opening,
+        opening: Opening,
         search: &mut Search,
         lanes: &[i32],
         batch: i32,
     ) -> Result<Attempt, StoreError> {
         let limits = self.limits(search.care.limit(lanes, batch));
-        let basis = search.cursors.basis();
-        let positions = *search.cursors.positions();
         // What cannot be read is known by its place alone, before the try and after it.
         let head = match *lanes {
-            [lane] if limits.events == 1 => opening.head(lane, &positions)?,
+            [lane] if limits.events == 1 => self.store.open()?.head(lane, &search.marks)?,
             _ => None,
         };
-        let locked = opening.lock(lanes, limits, &positions)?;
+        let locked = opening.lock(lanes, limits, &search.marks)?;
         if let Some(missed) = Self::missed(search, &locked) {
             return Ok(missed);
         }
@@ -381,19 +405,20 @@ impl Claimer {
             }
             (Err(error), _) => return search.claim_failed(lanes, error).map(|()| Attempt::Missed),
         };
-        search.care.worked(&claim.lanes, batch);
+        search.care.worked(&claim.lanes(), batch);
         if claim.is_empty() {
-            return Ok(Self::got_nothing(search));
+            search.read_nothing(&claim);
+            return Ok(Attempt::Missed);
         }
         let bytes = claim.bytes();
         let stage = Stage::Read(claim, Boottime::now());
-        Ok(Attempt::Claimed(Box::new(Job { stage, basis, bytes })))
+        Ok(Attempt::Claimed(Box::new(Job { stage, bytes })))
     }
 
     /// This event cannot be read, not even alone: makes a dead letter of it, so that the others of its lane go on.
     fn bury(&self, lane: i32, search: &Search, head: Head, error: &StoreError) -> Result<(), StoreError> {
         let reason = format!("PostgreSQL cannot hand it over: {error}");
-        if self.store.open()?.bury(lane, search.cursors.positions(), head, &reason)? {
+        if self.store.open()?.bury(lane, &search.marks, head, &reason)? {
             self.metrics.dead(1);
             log::error!("event is dead: event={} seq={}: {reason}", head.id, head.seq);
         }
@@ -414,65 +439,25 @@ impl Claimer {
         search.rests(Instant::now());
         self.doze.asleep();
         let longest = if self.doze.covered() { self.fallback_interval } else { self.poll_interval };
-        let longest = longest.min(search.next_rewind(Instant::now()).unwrap_or(longest));
         if let Err(error) = self.store.warm_up() {
             log::debug!("warm-up failed: {error}");
         }
-        match self.store.outlook() {
-            Ok(outlook) => {
-                if !outlook.claims_open {
+        match self.store.claims_open() {
+            Ok(claims_open) => {
+                if !claims_open {
                     // Nothing to claim, and not because somebody else has it: a trial of the gate is passed.
                     self.publisher.confirm_idle();
                     // Nor is anything left to settle: what could not be, somebody else has settled.
                     self.failed_settles.store(0, Ordering::Relaxed);
                 }
-                let retry = outlook.next_due.unwrap_or(longest).max(REST_MIN);
-                let others = if outlook.claims_open { self.poll_interval } else { longest };
+                let retry = search.next_due(Instant::now()).unwrap_or(longest).max(REST_MIN);
+                let others = if claims_open { self.poll_interval } else { longest };
                 longest.min(retry).min(others)
             }
             Err(error) => {
-                log::debug!("outlook failed: {error}");
+                log::debug!("asking for open claims failed: {error}");
                 self.poll_interval.min(longest)
             }
-        }
-    }
-}
-
-/// Claims that fail: said once when it begins and once when it ends.
-#[derive(Default)]
-struct Trouble {
-    since: Option<Instant>,
-    pause: Duration,
-    settles_fail: bool,
-}
-
-impl Trouble {
-    /// One more failure; returns the pause before the next claim.
-    fn again(&mut self, error: &StoreError, health: &Health) -> Duration {
-        if self.since.is_none() {
-            self.since = Some(Instant::now());
-            self.pause = TROUBLE_PAUSE.0;
-            log::warn!("claims fail, trying on: {error}");
-        } else {
-            self.pause = (self.pause * 2).min(TROUBLE_PAUSE.1);
-        }
-        health.set(HealthPart::Postgres, Err(error.to_string()));
-        self.pause
-    }
-
-    /// Tells health when settles begin to fail and when they work again.
-    fn settles(&mut self, fail: bool, health: &Health) {
-        if fail != self.settles_fail {
-            self.settles_fail = fail;
-            let state = if fail { Err("settles fail; the log says why".into()) } else { Ok(()) };
-            health.set(HealthPart::Postgres, state);
-        }
-    }
-
-    fn over(&mut self, health: &Health) {
-        if let Some(since) = self.since.take() {
-            log::info!("claims work again: lasted={:.1}s", since.elapsed().as_secs_f64());
-            health.set(HealthPart::Postgres, Ok(()));
         }
     }
 }

@@ -6,37 +6,30 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::lane::marks::{Basis, Cursors};
+use super::share::Share;
+use crate::lane::marks::{Basis, LaneEnd, Marks, Seen};
+use crate::lane::writers::WriterSample;
 use crate::lane::{ByLane, LANES, by_lane};
-use crate::postgres::{LaneEnd, LaneLook, ServerLife, StoreError};
+use crate::postgres::{Claim, Looked, StoreError};
 use crate::publish::{Finished, Job, ReadSummary};
 
 /// Shortest rest, so that a retry that is due in a moment does not make the claimer spin.
 pub(super) const REST_MIN: Duration = Duration::from_millis(5);
-/// Time between two readings of the horizon while claims are made.
-const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two looks while lanes with events are known: how long a lane may wait to be found behind them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Shortest and longest rest while claims are under way; it doubles while nothing is found. Should the instance that
 /// has them die, its lanes are found after the longest at the latest.
 const NAP: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
-/// Time between two looks from the beginning, which may cost more than others.
-pub(super) const REWIND_INTERVAL: Duration = Duration::from_secs(1);
 /// A rest after which a wake-up is likely to mean a few events. Between the claims of a load there are shorter ones, and
 /// a claim of the first few events that have come would only be one more.
 const LONG_REST: Duration = Duration::from_millis(10);
-/// Events that are worth a claim of their own. Each costs PostgreSQL and us some 2 ms whatever it holds, as much as 50
-/// events do.
-const WORTH_A_CLAIM: f64 = 250.0;
 /// How much larger each next claim is of a lane in which one has failed.
 const CARE_GROWTH: i32 = 4;
 
 /// What the claimer knows of the lanes, and when it learnt it.
 pub(super) struct Search {
-    pub(super) cursors: Cursors,
+    pub(super) marks: Marks,
     pub(super) care: Care,
-    /// The life of the server that the cursors belong to.
-    pub(super) server: ServerLife,
     /// Lanes that have something and that no worker of ours has; the one that waits longest comes first.
     pub(super) ready: VecDeque<i32>,
     /// Lanes that a worker of ours has.
@@ -47,8 +40,8 @@ pub(super) struct Search {
     bytes_in_flight: usize,
     /// How workers read the lanes they were given, since somebody asked.
     news: ReadNews,
-    /// How many events a lane that is ready has, by the last claims.
-    events_a_lane: f64,
+    /// How many lanes a claim takes.
+    share: Share,
     /// The last nap, and the one before the last claim.
     nap: Duration,
     nap_before: Duration,
@@ -61,28 +54,25 @@ pub(super) struct Search {
     /// Where the next look begins.
     first_lane: i32,
     looked_at: Option<Instant>,
-    horizon_at: Option<Instant>,
-    rewound_at: Instant,
-    /// Claims were made since the last look from the beginning.
-    pub(super) claimed_since_rewind: bool,
-    /// Claims were made since the last reading of the horizon.
-    claimed_since_horizon: bool,
-    /// It was said that cursors cannot be had.
-    without_cursors: bool,
+    /// Claims were made, or a rest has ended, since the last sample was asked for.
+    pub(super) wants_sample: bool,
+    /// When the last whole sample was asked for.
+    pub(super) sampled_at: Option<Instant>,
+    /// When the next retry of a lane that is not ours is due, by the last look.
+    next_due: Option<Instant>,
 }
 
 impl Search {
-    pub(super) fn new(now: Instant) -> Search {
+    pub(super) fn new() -> Search {
         Search {
-            cursors: Cursors::default(),
+            marks: Marks::default(),
             care: Care::default(),
-            server: ServerLife::default(),
             ready: VecDeque::new(),
             claimed: by_lane(false),
             idle_workers: 0,
             bytes_in_flight: 0,
             news: ReadNews::default(),
-            events_a_lane: WORTH_A_CLAIM,
+            share: Share::default(),
             nap: Duration::ZERO,
             nap_before: Duration::ZERO,
             awake_since: None,
@@ -90,11 +80,9 @@ impl Search {
             look_at_once: false,
             first_lane: fastrand::i32(0..LANES),
             looked_at: None,
-            horizon_at: None,
-            rewound_at: now,
-            claimed_since_rewind: false,
-            claimed_since_horizon: false,
-            without_cursors: false,
+            wants_sample: true,
+            sampled_at: None,
+            next_due: None,
         }
     }
 
@@ -102,22 +90,22 @@ impl Search {
     pub(super) fn finished(&mut self, finished: Finished) {
         self.idle_workers += 1;
         self.bytes_in_flight = self.bytes_in_flight.saturating_sub(finished.bytes);
-        if finished.database_failed {
-            self.forget();
+        for &lane in &finished.lanes {
+            self.set_claimed(lane, false);
         }
-        let Some(basis) = finished.basis else { return };
-        for end in &finished.lanes {
-            self.set_claimed(end.lane, false);
-            self.cursors.advance(basis, end.lane, end.reach);
-            if end.more {
-                self.ready.push_back(end.lane);
-            }
+        self.wants_sample |= !finished.lanes.is_empty();
+        if finished.database_failed {
+            self.look_anew();
+        }
+        let (mut more, mut lanes) = (false, finished.lanes.len());
+        if let Some((basis, ends)) = &finished.ends {
+            lanes = ends.len();
+            more = self.ended(basis, ends);
         }
         match finished.read {
-            Some(Ok(summary)) => self.was_read(summary, &finished.lanes),
+            Some(Ok(summary)) => self.was_read(summary, lanes, more),
             Some(Err(error)) => {
-                let lanes: Vec<i32> = finished.lanes.iter().map(|end| end.lane).collect();
-                if let Err(error) = self.claim_failed(&lanes, error) {
+                if let Err(error) = self.claim_failed(&finished.lanes, error) {
                     self.news.failed = Some(error);
                 }
             }
@@ -125,15 +113,32 @@ impl Search {
         }
     }
 
-    fn was_read(&mut self, summary: ReadSummary, lanes: &[LaneEnd]) {
+    /// A claim's lanes ended so; returns whether there may be more in one of them.
+    fn ended(&mut self, basis: &Basis, ends: &[LaneEnd]) -> bool {
+        for end in ends {
+            self.marks.ended(basis, end);
+            if end.more && !self.ready.contains(&end.lane) {
+                self.ready.push_back(end.lane);
+            }
+        }
+        ends.iter().any(|end| end.more)
+    }
+
+    /// The claimer itself has read a lane, and there was nothing.
+    pub(super) fn read_nothing(&mut self, claim: &Claim) {
+        self.ended(&claim.basis(), &claim.ends([]));
+    }
+
+    fn was_read(&mut self, summary: ReadSummary, lanes: usize, more: bool) {
         self.news.worked = true;
         if let Some(lane) = summary.too_large {
             self.care.failed(&[lane]);
-        } else if summary.events == 0 {
+        }
+        if summary.events > 0 {
+            self.share.weigh(summary.events, summary.keys, lanes, more);
+        } else if summary.too_large.is_none() && !more {
             self.news.in_vain = true;
             self.nap = self.nap.max(self.nap_before);
-        } else {
-            self.weigh(summary.events, lanes.len(), lanes.iter().any(|lane| lane.more));
         }
     }
 
@@ -157,49 +162,28 @@ impl Search {
         std::mem::take(&mut self.news)
     }
 
-    /// A connection was lost, or the server is another: nothing that is known holds.
+    /// The server is another, or began anew: nothing that is known holds.
     pub(super) fn forget(&mut self) {
-        self.cursors.clear();
+        self.marks.forget();
+        self.wants_sample = true;
+        self.look_anew();
+    }
+
+    /// Something failed: what is known of who has something may be old.
+    pub(super) fn look_anew(&mut self) {
         self.ready.clear();
         self.looked_at = None;
-        self.horizon_at = None;
     }
 
-    /// Begins at the beginning of every lane if that was not done for `interval`; returns whether it does.
-    pub(super) fn rewind_after(&mut self, interval: Duration, now: Instant) -> bool {
-        let due = now.saturating_duration_since(self.rewound_at) >= interval;
-        if due {
-            self.cursors.rewind();
-            self.rewound_at = now;
-            self.claimed_since_rewind = false;
+    /// Takes in a sample of the writers, which was asked for at `asked_at`; returns whether a writer has ended since the last
+    /// one, or everything was forgotten.
+    pub(super) fn sampled(&mut self, sample: &WriterSample, asked_at: Instant) -> bool {
+        let seen = self.marks.observe(sample);
+        if seen == Seen::OtherLife {
+            self.look_anew();
         }
-        due
-    }
-
-    /// Time until a look from the beginning may be made, if one should be made before a long rest.
-    pub(super) fn next_rewind(&self, now: Instant) -> Option<Duration> {
-        let rest = REWIND_INTERVAL.saturating_sub(now.saturating_duration_since(self.rewound_at));
-        self.claimed_since_rewind.then_some(rest.max(REST_MIN))
-    }
-
-    /// Events can appear below any bound, so every read begins at the beginning.
-    pub(super) fn go_without_cursors(&mut self) {
-        self.cursors.clear();
-        if !std::mem::replace(&mut self.without_cursors, true) {
-            log::warn!(
-                "claims read every lane from its beginning, which is slow: outboxes.seq must have a sequence of its own with CACHE 1"
-            );
-        }
-    }
-
-    pub(super) fn horizon_is_due(&mut self, now: Instant) -> bool {
-        let long_ago = |at: Instant| now.saturating_duration_since(at) >= HORIZON_INTERVAL;
-        let due = self.claimed_since_horizon && self.horizon_at.is_none_or(long_ago);
-        if due {
-            self.horizon_at = Some(now);
-            self.claimed_since_horizon = false;
-        }
-        due
+        self.sampled_at = Some(asked_at);
+        seen != Seen::NoEnd
     }
 
     pub(super) fn look_is_due(&mut self, now: Instant) -> bool {
@@ -211,7 +195,14 @@ impl Search {
         due
     }
 
-    /// The lanes to look into: those that are not ours now, beginning each time with another one.
+    /// The lanes to look into: those that are not ours now, and of which nothing is known.
+    pub(super) fn unknown(&mut self) -> Vec<i32> {
+        let mut lanes = self.unclaimed();
+        lanes.retain(|lane| !self.ready.contains(lane));
+        lanes
+    }
+
+    /// The lanes that are not ours now, beginning each time with another one.
     pub(super) fn unclaimed(&mut self) -> Vec<i32> {
         self.first_lane = (self.first_lane + 1) % LANES;
         let from = self.first_lane;
@@ -225,16 +216,36 @@ impl Search {
         lanes
     }
 
-    /// Takes in a look that began with `basis`.
-    pub(super) fn found(&mut self, basis: Basis, found: &[LaneLook]) {
-        for lane in found {
-            if let Some(reach) = lane.reach {
-                self.cursors.advance(basis, lane.lane, reach);
-            }
-            if lane.claimable && !self.ready.contains(&lane.lane) {
-                self.ready.push_back(lane.lane);
+    /// Takes in a look.
+    pub(super) fn looked(&mut self, looked: &Looked) {
+        for &(lane, claimable) in &looked.lanes {
+            if claimable {
+                self.is_ready([lane]);
+            } else {
+                self.marks.looked(lane);
             }
         }
+    }
+
+    /// These lanes have something to claim.
+    pub(super) fn is_ready(&mut self, lanes: impl IntoIterator<Item = i32>) {
+        for lane in lanes {
+            if !self.ready.contains(&lane) && !self.is_claimed(lane) {
+                self.ready.push_back(lane);
+            }
+        }
+    }
+
+    /// The lanes that have events in retry, each with the time until the first is due.
+    pub(super) fn due(&mut self, lanes: &[(i32, Duration)], now: Instant) {
+        self.is_ready(lanes.iter().filter(|(_, due)| due.is_zero()).map(|(lane, _)| *lane));
+        self.next_due =
+            lanes.iter().map(|(_, due)| *due).filter(|due| !due.is_zero()).min().map(|due| now + due);
+    }
+
+    /// Time until the next retry is due; `None` when none is.
+    pub(super) fn next_due(&self, now: Instant) -> Option<Duration> {
+        self.next_due.map(|at| at.saturating_duration_since(now))
     }
 
     /// There is nothing to claim.
@@ -248,12 +259,9 @@ impl Search {
         self.resting_since.is_some_and(|since| now.saturating_duration_since(since) >= LONG_REST)
     }
 
-    /// Takes the share of one free worker from the lanes that are ready, for a claim of `batch` events at most: as many
-    /// as each of the free workers can have, or more where that would hardly be worth a claim.
+    /// Takes the share of one free worker from the lanes that are ready, for a claim that reads `batch` events at once.
     pub(super) fn take_share(&mut self, batch: i32) -> Vec<i32> {
-        let alike = self.ready.len().div_ceil(self.idle_workers.max(1));
-        let worthwhile = (WORTH_A_CLAIM.min(f64::from(batch)) / self.events_a_lane).ceil() as usize;
-        let share = alike.max(worthwhile);
+        let share = self.share.lanes(self.ready.len(), self.idle_workers, batch);
         let share = self.care.alike(self.ready.iter().copied().take(share));
         self.ready.drain(..share).collect()
     }
@@ -271,21 +279,15 @@ impl Search {
     /// A claim went to a worker; returns for how long there was always something to claim.
     pub(super) fn sent(&mut self, job: &Job, now: Instant) -> Duration {
         self.idle_workers = self.idle_workers.saturating_sub(1);
-        self.claimed_since_rewind = true;
-        self.claimed_since_horizon = true;
+        self.wants_sample = true;
         self.bytes_in_flight += job.bytes;
-        for &lane in job.lanes() {
+        for lane in job.lanes() {
             self.set_claimed(lane, true);
+            self.marks.claimed(lane);
         }
         self.nap_before = std::mem::take(&mut self.nap);
         self.resting_since = None;
         now.saturating_duration_since(*self.awake_since.get_or_insert(now))
-    }
-
-    /// A claim had so many events in so many lanes, and perhaps there were more.
-    fn weigh(&mut self, events: usize, lanes: usize, more: bool) {
-        let found = if more { WORTH_A_CLAIM } else { events as f64 / lanes.max(1) as f64 };
-        self.events_a_lane = f64::midpoint(self.events_a_lane, found).max(1.0);
     }
 
     /// True while claims hold so much that one more could be too much: one of them is of a single large event.
@@ -387,7 +389,8 @@ impl Care {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lane::marks::BEGINNING;
+    use crate::lane::marks::LaneRow;
+    use std::sync::Arc;
 
     /// What a claim of what is ready would be: how many lanes, and how many events of them.
     fn next(care: &Care, ready: &[i32]) -> (usize, i32) {
@@ -420,23 +423,24 @@ mod tests {
 
     #[test]
     fn how_workers_read_is_taken_in() {
-        let mut search = Search::new(Instant::now());
+        let mut search = Search::new();
         let read = |search: &mut Search, lane: i32, more: bool, read: Result<ReadSummary, StoreError>| {
-            let lanes = vec![LaneEnd { lane, reach: BEGINNING, more }];
-            let basis = Some(search.cursors.basis());
-            search.finished(Finished { basis, lanes, read: Some(read), ..Finished::default() });
+            let end =
+                LaneEnd { lane, row: LaneRow::default(), reached: None, left_out: Arc::default(), more };
+            let ends = read.is_ok().then(|| (search.marks.basis(), vec![end]));
+            search.finished(Finished { lanes: vec![lane], ends, read: Some(read), ..Finished::default() });
         };
         let error = |sqlstate: Option<&str>, outage: bool| StoreError {
             text: "it fails".into(),
             sqlstate: sqlstate.map(Into::into),
             outage,
         };
-        read(&mut search, 1, false, Ok(ReadSummary { events: 7, too_large: None }));
+        read(&mut search, 1, false, Ok(ReadSummary { events: 7, keys: 7, too_large: None }));
         let news = search.take_news();
         assert!(news.worked && !news.in_vain && news.failed.is_none());
-        read(&mut search, 2, false, Ok(ReadSummary { events: 0, too_large: None }));
+        read(&mut search, 2, false, Ok(ReadSummary { events: 0, keys: 0, too_large: None }));
         assert!(search.take_news().in_vain);
-        read(&mut search, 3, true, Ok(ReadSummary { events: 0, too_large: Some(3) }));
+        read(&mut search, 3, true, Ok(ReadSummary { events: 0, keys: 0, too_large: Some(3) }));
         assert!(!search.take_news().in_vain && search.care.is_needed(&[3]));
         assert_eq!(search.ready, [3], "it is claimed again, with care");
         // Nobody knows which event it is, and the next claims will tell.
@@ -451,33 +455,8 @@ mod tests {
     }
 
     #[test]
-    fn a_share_is_worth_a_claim() {
-        let mut search = Search::new(Instant::now());
-        let share = |search: &mut Search, batch: i32| {
-            search.ready = (0..LANES).collect();
-            search.idle_workers = 4;
-            search.take_share(batch).len()
-        };
-        assert_eq!(share(&mut search, 5_000), 16, "of what is not known yet, every worker has a part");
-        for _ in 0..40 {
-            search.weigh(64, 32, false);
-        }
-        assert_eq!(share(&mut search, 5_000), 64, "few events are one claim");
-        assert_eq!(share(&mut search, 40), 20, "but no more than it may hold");
-        for _ in 0..40 {
-            search.weigh(300, 32, false);
-        }
-        assert_eq!(share(&mut search, 5_000), 27);
-        // A claim of all lanes that was full of the first events of each must not make the next one as wide.
-        for _ in 0..40 {
-            search.weigh(100, 64, true);
-        }
-        assert_eq!(share(&mut search, 100), 16, "where there is more, every worker has a part");
-    }
-
-    #[test]
     fn one_large_event_leaves_no_room_and_shares_always_do() {
-        let mut search = Search::new(Instant::now());
+        let mut search = Search::new();
         assert!(!search.has_no_room(64, 16), "with nothing in flight there is always room");
         for (in_flight, full) in [(16, false), (48, false), (49, true), (1_000, true)] {
             search.bytes_in_flight = in_flight;

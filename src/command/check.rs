@@ -15,6 +15,9 @@ use crate::nats::answer::{Keeping, StreamFacts, StreamFault};
 use crate::nats::preflight::{self, Finding, Needs};
 use crate::postgres::{ClaimSettings, Sessions, Store};
 
+/// `insufficient_privilege`.
+const NO_PRIVILEGE: &str = "42501";
+
 /// Checks everything and prints one line each. True when all is ready.
 ///
 /// # Errors
@@ -79,7 +82,15 @@ fn check_database(config: &Config, report: &mut CheckReport) {
                 report.line("schema", Err(problem));
             }
         }
-        Err(error) => report.line("schema", Err(error.to_string())),
+        Err(error) => {
+            let to_do = match error.sqlstate() {
+                Some(NO_PRIVILEGE) => {
+                    "; as the schema's owner, run schema/roles.sql, of which this role is to be a member"
+                }
+                _ => "",
+            };
+            report.line("schema", Err(format!("{error}{to_do}")));
+        }
     }
     for hidden in if complete { store.hidden().unwrap_or_default() } else { Vec::new() } {
         report.warning(&hidden);

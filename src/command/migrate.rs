@@ -34,20 +34,24 @@ impl OrderingScope {
     }
 }
 
-/// Applies what is missing and prints a line for each version applied, or one that says that none was.
+/// Applies what is missing and prints a line for each version applied, or one that says that none was; and one more if it
+/// put lanes back that somebody had deleted.
 /// `order` is only needed by the first migration, where `None` means [`OrderingScope::Key`].
 ///
 /// # Errors
 /// PostgreSQL is out of reach, older than 14, or refuses; the schema has another order than the one asked
 /// for; `out` cannot be written. A migration that fails leaves nothing behind.
 pub fn run(database: &Database, order: Option<OrderingScope>, out: &mut impl Write) -> Result<()> {
-    let Migrated { applied, version } =
+    let Migrated { applied, version, mended } =
         Store::migrate(database, order.map(OrderingScope::name)).context("migrate the schema")?;
     for version in &applied {
         writeln!(out, "schema version {version} applied")?;
     }
     if applied.is_empty() {
         writeln!(out, "schema is up to date, at version {version}")?;
+    }
+    if mended > 0 {
+        writeln!(out, "{mended} rows of table outbox_lanes were missing, and are back")?;
     }
     Ok(())
 }

@@ -84,13 +84,14 @@ fn list(partitions: &[Partition], out: &mut impl Write) -> Result<()> {
 
 /// Why a partition stays; `nothing` when the next round drops it.
 fn kept_for(partition: &Partition) -> &str {
-    match (&partition.holds, partition.is_default, partition.is_old) {
-        (Some(holds), _, _) if holds == "dead" => "dead letters",
-        (Some(holds), _, _) if holds == "discarded" => "events discarded lately",
+    match (partition.holds.as_deref(), partition.is_default, partition.is_old) {
+        (Some("dead"), _, _) => "dead letters",
+        (Some("discarded"), _, _) => "events discarded lately",
+        (Some("unread"), false, true) => "pending events, if any: not read so far",
+        (Some("unread") | None, true, _) => "events without a partition",
+        (Some("unread") | None, false, false) => "its time",
         (Some(_), _, _) => "pending events",
-        (None, true, _) => "events without a partition",
         (None, false, true) => "nothing: to be dropped",
-        (None, false, false) => "its time",
     }
 }
 
@@ -146,13 +147,15 @@ fn drop(
     let mut all_done = true;
     for Partition { name, holds, .. } in old {
         let outcome = match (mode, holds.as_deref()) {
+            (Mode::Real, None) if partitions.has_fresh(&name, || true)? == Some(true) => Dropped::Pending,
             (Mode::Real, _) => partitions.drop(&name, retention).with_context(|| format!("drop {name}"))?,
             (Mode::Dry, None) => Dropped::Dropped,
             (Mode::Dry, Some("dead")) => Dropped::Dead,
             (Mode::Dry, Some("discarded")) => Dropped::Discarded,
+            (Mode::Dry, Some("unread")) => Dropped::Unread,
             (Mode::Dry, Some(_)) => Dropped::Pending,
         };
-        all_done &= outcome != Dropped::Locked;
+        all_done &= !matches!(outcome, Dropped::Locked | Dropped::Unread);
         match (outcome, mode) {
             (Dropped::Dropped, Mode::Real) => writeln!(out, "dropped {name}")?,
             (Dropped::Dropped, Mode::Dry) => writeln!(out, "would drop {name}")?,
@@ -162,6 +165,11 @@ fn drop(
                 writeln!(out, "kept {name}: it has events that were discarded less than {shown} ago")?;
             }
             (Dropped::Dead, _) => writeln!(out, "kept {name}: it has dead letters; retry or discard them")?,
+            (Dropped::Unread, _) => writeln!(
+                out,
+                "kept {name}: whether it has pending events is not known yet, as its lanes are not read so far; try again once \
+                 pg-outbox has worked for a while"
+            )?,
             (Dropped::Locked, _) => writeln!(
                 out,
                 "kept {name}: its locks were not free, as a transaction that uses the outbox stays open; try again"

@@ -146,7 +146,7 @@ fn look(config: &Config, store: &Store) -> StatusReport {
 
 fn look_at_database(config: &Config, store: &Store, status: &mut StatusReport) {
     let mut problems = Vec::new();
-    let backlog = known("backlog", store.backlog(), &mut problems);
+    let backlog = known("backlog", store.backlog(&[], 100_000), &mut problems);
     if let Some(backlog) = backlog {
         status.events = Some(Events {
             pending: backlog.pending,

@@ -1,5 +1,5 @@
 //! What a reload changes while the service runs: the values that the claimer and the workers take anew for
-//! each claim, and the upkeep for each round.
+//! each claim, the upkeep for each round, and the sweep for each step.
 //!
 //! Plain data behind one lock that is held for a copy of a pointer. A claim works with what it took when it
 //! began, to its end: its events are never split over two topic maps. Everything else of the configuration
@@ -25,7 +25,7 @@ pub struct Settings {
     pub dead_letter_subject: Option<String>,
     /// When events are retried and when they die.
     pub policy: Policy,
-    /// How the partitions are kept; for the next round of upkeep.
+    /// How the partitions are kept; for the next round of upkeep, and the next step of the sweep.
     pub partitions: config::Partitions,
 }
 

@@ -24,6 +24,8 @@ section! {
         /// Published events older than this are deleted, whole partitions at a time where possible; `None` (written
         /// `off`): they are kept for ever.
         pub retention: Option<Duration> = key(Some(30 * DAY), duration_or_off(DAY..=36_525 * DAY)).live(),
+        /// Blocks a second (of 8 KiB) that are read in search of events that claims have passed; 0: none are.
+        pub sweep_rate: u32 = key(256, count(0..=1_000_000)).live(),
     }
 }
 

@@ -183,7 +183,7 @@ nats:
     replicas: 5
     duplicate_window: 1h
   topic_map: { "a.*": b.* }
-partitions: { premake: 12, retention: 90d }
+partitions: { premake: 12, retention: 90d, sweep_rate: 7 }
 logging: { level: TRACE, format: json }
 metrics: { enabled: false, address: "::1", port: 0, path: /m/x }
 "#;
@@ -225,7 +225,7 @@ fn every_key_has_its_effect() {
     assert!(!jetstream.atomic_batches);
     assert_eq!(jetstream.subjects, ["app.>", "*.b"]);
     assert_eq!((jetstream.storage, jetstream.duplicate_window), (Storage::Memory, ms(3_600_000)));
-    assert_eq!(partitions.premake, 12);
+    assert_eq!((partitions.premake, partitions.sweep_rate), (12, 7));
     assert_eq!(partitions.retention, Some(Duration::from_secs(90 * 86_400)));
     assert_eq!((logging.level, logging.format), (log::LevelFilter::Trace, LogFormat::Json));
     assert_eq!((metrics.enabled, metrics.port, metrics.path.as_str()), (false, 0, "/m/x"));
@@ -249,6 +249,7 @@ fn a_reload_takes_over_what_is_live_and_names_the_rest() {
             "nats.topic_map",
             "partitions.premake",
             "partitions.retention",
+            "partitions.sweep_rate",
             "logging.level"
         ]
     );

@@ -23,10 +23,10 @@ impl Order {
     /// The order by key of `events`, which stand in the order of their keys.
     pub fn by_key<'a>(events: impl IntoIterator<Item = &'a Event>) -> Order {
         let mut order = Order { ready: VecDeque::new(), successor: Vec::new() };
-        let mut last_of_key: HashMap<&str, usize> = HashMap::new();
+        let mut last_of_key: HashMap<i64, usize> = HashMap::new();
         for (index, event) in events.into_iter().enumerate() {
             order.successor.push(None);
-            match last_of_key.insert(&event.key, index) {
+            match last_of_key.insert(event.key_hash, index) {
                 Some(previous) => order.successor[previous] = Some(index),
                 None => order.ready.push_back(index),
             }
@@ -68,11 +68,12 @@ mod tests {
 
     fn event(key: &str, seq: i64) -> Event {
         Event {
+            place: crate::event::Place::default(),
             id: uuid::Uuid::nil(),
             seq,
             created_at: 0,
             topic: "t".into(),
-            key: key.into(),
+            key_hash: key.bytes().fold(0, |hash, byte| hash * 256 + i64::from(byte)),
             lane: 0,
             metadata: None,
             payload: "{}".into(),

@@ -3,7 +3,8 @@
 //!
 //! Counting and listing cost the database something, so they never happen at a scrape or at a look at the page: the
 //! janitor does each every [`INTERVAL`], and more seldom when it takes long, so that each takes at most a twentieth
-//! of the time of one connection.
+//! of the time of one connection. A count also shows whether a lane is missing, which the janitor then mends; under load the
+//! claimer sees it sooner, and tells.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -11,7 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use crossbeam_channel::{Receiver, select};
 
+use crate::lane::progress::LaneProgress;
 use crate::ops::health::Heartbeat;
+use crate::ops::mend::{LaneAlarm, Mender};
 use crate::ops::metrics::{BacklogGauges, Metrics};
 use crate::ops::recent::{MAX_LISTED, Waiting};
 use crate::postgres::{Store, StoreError};
@@ -22,11 +25,19 @@ const INTERVAL: Duration = Duration::from_secs(5);
 const POOL_INTERVAL: Duration = Duration::from_secs(1);
 /// Counting takes at most this part of the time, and so does listing.
 const DUTY: u32 = 20;
+/// Entries of each lane that a count walks over; what is beyond is estimated.
+const COUNT_ENTRIES: i64 = 250;
 
 /// The thread.
 pub struct Janitor {
     /// What is counted.
     pub store: Store,
+    /// How far each lane is read.
+    pub progress: LaneProgress,
+    /// The claimer says here that lanes are missing.
+    pub lane_alarm: LaneAlarm,
+    /// Puts them back.
+    pub mender: Mender,
     /// Its pulse.
     pub heartbeat: Heartbeat,
     /// Where the counts go.
@@ -40,33 +51,44 @@ impl Janitor {
     ///
     /// # Errors
     /// None of its own: a count that fails is tried again.
-    pub fn run(self, stop: &Receiver<Infallible>) -> Result<()> {
+    pub fn run(mut self, stop: &Receiver<Infallible>) -> Result<()> {
         let mut next_count = Instant::now();
         let mut next_list = Instant::now();
+        let mut next_mend = Instant::now() + INTERVAL;
         loop {
             self.heartbeat.beat();
             if Instant::now() >= next_count {
                 let took = self.count();
                 next_count = Instant::now() + INTERVAL.max(took * DUTY);
+                next_mend = Instant::now() + INTERVAL;
                 self.heartbeat.beat();
             }
             if Instant::now() >= next_list {
                 let took = self.list();
                 next_list = Instant::now() + INTERVAL.max(took * DUTY);
             }
+            // Where counts are slow, or fail, the lanes are looked after all the same.
+            if self.mender.is_at_it() || Instant::now() >= next_mend {
+                self.mender.mend();
+                next_mend = Instant::now() + INTERVAL;
+            }
             let pool = self.store.pool_state();
             self.metrics.pool(pool.connections - pool.idle, pool.idle, pool.max);
             select! {
                 recv(stop) -> _ => return Ok(()),
+                recv(self.lane_alarm.raised()) -> _ => self.mender.mend(),
                 default(POOL_INTERVAL) => {}
             }
         }
     }
 
-    fn count(&self) -> Duration {
+    fn count(&mut self) -> Duration {
         let started = Instant::now();
-        match self.store.backlog() {
+        match self.store.backlog(&self.progress.reached().counts_from(), COUNT_ENTRIES) {
             Ok(backlog) => {
+                if backlog.missing_lanes > 0 {
+                    self.mender.mend();
+                }
                 self.metrics.backlog(&BacklogGauges {
                     pending: backlog.pending.unsigned_abs(),
                     retrying: backlog.retrying.unsigned_abs(),

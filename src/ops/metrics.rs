@@ -170,6 +170,16 @@ impl Metrics {
         self.0.default_rows.set(gauge_value(default_rows));
     }
 
+    /// The sweep found so many events that claims had passed.
+    pub fn sweep_found(&self, events: u64) {
+        self.0.sweep_found.inc_by(events);
+    }
+
+    /// A pass of the sweep was brought to its end.
+    pub fn swept(&self) {
+        self.0.last_sweep.set(unix_seconds(SystemTime::now()));
+    }
+
     /// A round of upkeep was done.
     pub fn upkeep_done(&self) {
         self.0.last_upkeep.set(unix_seconds(SystemTime::now()));
@@ -329,6 +339,8 @@ mod tests {
             "outbox_upkeep_last_success_timestamp_seconds",
             "outbox_events_deleted_total",
             "outbox_partitions_dropped_total",
+            "outbox_sweep_found_total",
+            "outbox_sweep_last_pass_timestamp_seconds",
         ] {
             assert_eq!(value(&metrics, series), 0.0, "{series}");
         }

@@ -13,7 +13,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use crossbeam_channel::{Receiver, select};
+use crossbeam_channel::{Receiver, TryRecvError, select};
 
 use crate::config::live::Live;
 use crate::ops::health::Heartbeat;
@@ -79,6 +79,9 @@ fn why_kept(outcome: Dropped) -> Option<&'static str> {
         Dropped::Pending => Some("it has pending events"),
         Dropped::Discarded => Some("it has events that were discarded lately"),
         Dropped::Dead => Some("it has dead letters; retry or discard them"),
+        Dropped::Unread => {
+            Some("whether it has pending events is not known yet, as its lanes are not read so far")
+        }
         Dropped::Locked => Some("its locks were not free; tried again in the next round"),
     }
 }
@@ -148,7 +151,7 @@ impl Upkeep {
             let live = self.live.now();
             self.create(&mut partitions, live.partitions.premake)?;
             if let Some(retention) = live.partitions.retention {
-                self.drop_old(&mut partitions, retention, kept)?;
+                self.drop_old(&mut partitions, retention, kept, stop)?;
                 next = self.clean(&mut partitions, retention, pass, &turn, stop)?;
             }
             self.metrics.upkeep_done();
@@ -174,13 +177,21 @@ impl Upkeep {
         partitions: &mut PartitionSession,
         retention: Duration,
         kept: &mut Kept,
+        stop: &Receiver<Infallible>,
     ) -> Result<(), StoreError> {
         let listed = partitions.list(Some(retention))?;
         kept.forget_all_but(&listed);
         for partition in listed.iter().filter(|partition| partition.is_old) {
             self.heartbeat.beat();
             let name = &partition.name;
-            let outcome = partitions.drop(name, retention)?;
+            let outcome = match partition.holds {
+                Some(_) => partitions.drop(name, retention)?,
+                None => match partitions.has_fresh(name, || self.goes_on(stop))? {
+                    None => return Ok(()),
+                    Some(true) => Dropped::Pending,
+                    Some(false) => partitions.drop(name, retention)?,
+                },
+            };
             if outcome == Dropped::Dropped {
                 self.metrics.deleted(0, 1);
                 log::info!("partition dropped: partition={name} bytes={}", partition.bytes);
@@ -190,6 +201,12 @@ impl Upkeep {
             }
         }
         Ok(())
+    }
+
+    /// Between two steps: it is alive, and not told to stop.
+    fn goes_on(&self, stop: &Receiver<Infallible>) -> bool {
+        self.heartbeat.beat();
+        matches!(stop.try_recv(), Err(TryRecvError::Empty))
     }
 
     /// Goes on with the pass over the old events, for as long as a round may.

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use postgres::Client;
 
+use super::former;
 use super::home::Home;
 use super::migrate::{MIGRATIONS, schema_version};
 use super::query::{Query, typed};
+use super::sequence::{SEQUENCE_FAULTS, SequenceFault};
 use super::target::Target;
 use super::{Sessions, Store, StoreError, connect, first, read_all, sessions};
 use crate::config::Database;
@@ -24,6 +26,8 @@ const ADOPT_TABLE: Query = query!("adopt_table");
 const ADOPT_COLUMNS: Query = query!("adopt_columns");
 const ADOPT_NAMES: Query = query!("adopt_names");
 const ADOPT_PARTITIONS: Query = query!("adopt_partitions");
+const ADOPT_ORDER: Query = query!("adopt_order");
+const ADOPT_DAEMONS: Query = query!("adopt_daemons");
 const ADOPT_PROGRESS: Query = query!("adopt_progress", INT4);
 
 /// Key of the lock that one adoption has.
@@ -42,6 +46,9 @@ const ROUNDS: u32 = 10;
 /// Time between two lines about the building of one index.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// What the two phases of the schema's file do.
+const PREPARE: &str = "add the functions that the indexes need";
+const FINISH: &str = "add the lanes, the wake-up trigger and the functions; record the version";
 /// `lock_not_available`, `deadlock_detected`.
 const IN_THE_WAY: [&str; 2] = ["55P03", "40P01"];
 
@@ -104,16 +111,18 @@ impl Adoption<'_> {
     /// Says what would be done.
     fn plan(mut self) -> Result<usize, StoreError> {
         let found = self.look_and_judge()?;
-        let mut steps = adoption::steps(&found, &self.schema);
-        if !found.complete {
-            steps.insert(0, self.file("prepare", "add the functions that the indexes need"));
+        if let Some(problem) = self.daemons(&found)? {
+            (self.say)(&format!("note: {problem}"));
+        }
+        let mut steps: Vec<AdoptionStep> = former::retiring(&found).into_iter().collect();
+        let found = former::retired(found);
+        if !found.is_complete() {
+            steps.push(self.file("prepare", PREPARE));
+        }
+        steps.extend(adoption::steps(&found, &self.schema));
+        if !found.is_complete() {
             steps.extend(adoption::renames(&found));
-            steps.push(
-                self.file(
-                    "finish",
-                    "add the lanes, the wake-up trigger and the functions; record the version",
-                ),
-            );
+            steps.push(self.file("finish", FINISH));
         }
         for step in &steps {
             (self.say)(&step.what);
@@ -129,8 +138,12 @@ impl Adoption<'_> {
     fn run(mut self) -> Result<usize, StoreError> {
         self.lock()?;
         let found = self.look_and_judge()?;
-        if !found.complete {
-            let prepare = self.file("prepare", "add the functions that the indexes need");
+        self.refuse_daemons(&found)?;
+        if let Some(retire) = former::retiring(&found) {
+            self.step(&retire)?;
+        }
+        if !found.is_complete() {
+            let prepare = self.file("prepare", PREPARE);
             self.step(&prepare)?;
         }
         for _ in 0..ROUNDS {
@@ -142,19 +155,31 @@ impl Adoption<'_> {
             if !steps.is_empty() {
                 continue;
             }
-            if !found.complete {
+            if !found.is_complete() {
                 for step in adoption::renames(&found) {
                     self.step(&step)?;
                 }
-                let finish = self.file(
-                    "finish",
-                    "add the lanes, the wake-up trigger and the functions; record the version",
-                );
+                self.refuse_daemons(&found)?;
+                let finish = self.file("finish", FINISH);
                 self.step(&finish)?;
             }
             return Ok(self.done);
         }
         Err(StoreError::refused("partitions are made faster than they are adopted; run it again".into()))
+    }
+
+    /// Why the former shape cannot be left now; `None` where it can, or is not there.
+    fn daemons(&mut self, found: &FoundTable) -> Result<Option<String>, StoreError> {
+        if !former::was_at_work(found) {
+            return Ok(None);
+        }
+        let rows = ask(&mut self.client, &ADOPT_DAEMONS)?;
+        let instances: Vec<(String, i64)> = read_all(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
+        Ok(former::still_at_work(&instances))
+    }
+
+    fn refuse_daemons(&mut self, found: &FoundTable) -> Result<(), StoreError> {
+        self.daemons(found)?.map_or(Ok(()), |problem| Err(StoreError::refused(problem)))
     }
 
     /// The schema's file, in one of its two phases.
@@ -187,7 +212,7 @@ impl Adoption<'_> {
 
     fn look_and_judge(&mut self) -> Result<FoundTable, StoreError> {
         let found = self.look()?;
-        let refusals = adoption::refusals(&found);
+        let refusals = adoption::refusals(&found, &self.order);
         if !refusals.is_empty() {
             return Err(StoreError::refused(format!(
                 "this table cannot be adopted: {}",
@@ -203,17 +228,20 @@ impl Adoption<'_> {
     fn look(&mut self) -> Result<FoundTable, StoreError> {
         let client = &mut self.client;
         let rows = ask(client, &ADOPT_TABLE)?;
-        let (kind, key, has_default_partition, default_name_is_taken, has_sequence) = first(&rows, |row| {
-            let kind: Option<String> = row.try_get(0)?;
-            let key: Option<String> = row.try_get(1)?;
-            Ok((kind, key, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?))
-        })?;
-        let kind = match (kind.as_deref(), key) {
-            (None, _) => Kind::Missing,
-            (Some("p"), Some(key)) => Kind::Partitioned(key),
-            (Some("r"), _) => Kind::Plain,
-            _ => Kind::Other,
-        };
+        let (kind, has_default_partition, default_name_is_taken, lanes_by_md5, is_ordered) =
+            first(&rows, |row| {
+                let kind: Option<String> = row.try_get(0)?;
+                let key: Option<String> = row.try_get(1)?;
+                let kind = match (kind.as_deref(), key) {
+                    (None, _) => Kind::Missing,
+                    (Some("p"), Some(key)) => Kind::Partitioned(key),
+                    (Some("r"), _) => Kind::Plain,
+                    _ => Kind::Other,
+                };
+                Ok((kind, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?, row.try_get(5)?))
+            })?;
+        let order =
+            if is_ordered { Some(first(&ask(client, &ADOPT_ORDER)?, |row| row.try_get(0))?) } else { None };
         let columns = read_all(&ask(client, &ADOPT_COLUMNS)?, |row| {
             Ok(Column {
                 name: row.try_get(0)?,
@@ -229,10 +257,15 @@ impl Adoption<'_> {
         };
         let mut found = FoundTable {
             kind,
-            complete: schema_version(client, &Home::default())? > 0,
+            version: schema_version(client, &Home::default())?,
+            lanes_by_md5,
+            order,
             columns,
             primary_key: named("key"),
-            has_sequence,
+            sequence_faults: ask(client, &SEQUENCE_FAULTS)?
+                .iter()
+                .map(SequenceFault::read)
+                .collect::<Result<_, _>>()?,
             checks: named("check"),
             has_default_partition,
             default_name_is_taken,
@@ -240,8 +273,10 @@ impl Adoption<'_> {
             partitions: partitions(client)?,
             functions: named("function"),
             violated: Vec::new(),
+            touched: named("touched"),
         };
-        if adoption::refusals(&found).is_empty() {
+        former::forget_its_indexes(&mut found);
+        if adoption::refusals(&found, &self.order).is_empty() {
             found.violated = self.violated(&found)?;
         }
         Ok(found)
@@ -356,13 +391,14 @@ fn progress(client: &mut Client, pid: i32) -> Option<String> {
 fn partitions(client: &mut Client) -> Result<Vec<FoundPartition>, StoreError> {
     let rows = ask(client, &ADOPT_PARTITIONS)?;
     let read = read_all(&rows, |row| {
-        let name: Option<String> = row.try_get(4)?;
-        let (valid, part_of) = (row.try_get(5)?, row.try_get(6)?);
+        let name: Option<String> = row.try_get(5)?;
+        let (valid, part_of) = (row.try_get(6)?, row.try_get(7)?);
         let partition = FoundPartition {
             schema: row.try_get(0)?,
             name: row.try_get(1)?,
             is_table: row.try_get(2)?,
             size: row.try_get(3)?,
+            fillfactor_is_set: row.try_get(4)?,
             indexes: Vec::new(),
         };
         Ok((partition, name.map(|name| PartIndex { name, valid, part_of })))

@@ -12,6 +12,9 @@
 
 use std::fmt::Write;
 
+use super::migrate::{SCHEMA_VERSION, check_version};
+use super::sequence::SequenceFault;
+
 /// Longest name that PostgreSQL keeps, in bytes.
 const NAME_MAX_BYTES: usize = 63;
 
@@ -37,6 +40,8 @@ pub(super) struct Schema {
     checks: Vec<(String, String)>,
     /// Name, and what follows the table's name.
     indexes: Vec<(String, String)>,
+    /// Storage parameters of a partition, in parentheses.
+    storage: String,
 }
 
 impl Schema {
@@ -69,12 +74,18 @@ impl Schema {
                 .filter_map(check)
                 .collect(),
             indexes: text.split("CREATE INDEX ").skip(1).filter_map(index).collect(),
+            storage: words(between("PARTITION OF outboxes DEFAULT\n        WITH ", ";")),
         }
     }
 
     /// The checks: name and condition.
     pub(super) fn checks(&self) -> &[(String, String)] {
         &self.checks
+    }
+
+    /// The one storage parameter that the present shape lives from, as `fillfactor = 70`.
+    fn fillfactor(&self) -> &str {
+        self.storage.trim_matches(['(', ')']).split(',').next().unwrap_or_default()
     }
 }
 
@@ -114,6 +125,8 @@ pub(super) struct FoundPartition {
     pub(super) name: String,
     /// It is a table, and not itself partitioned or foreign.
     pub(super) is_table: bool,
+    /// Somebody has chosen how full its pages may be.
+    pub(super) fillfactor_is_set: bool,
     /// Its size, for people.
     pub(super) size: String,
     /// Its indexes.
@@ -147,14 +160,18 @@ pub(super) struct Violated {
 pub(super) struct FoundTable {
     /// The relation.
     pub(super) kind: Kind,
-    /// The schema's version is recorded: everything but what [`steps`] says is there.
-    pub(super) complete: bool,
+    /// The schema's version that is recorded; 0: none.
+    pub(super) version: i32,
+    /// Lanes are those of the former shape (`former.rs`).
+    pub(super) lanes_by_md5: bool,
+    /// The order of events that was chosen.
+    pub(super) order: Option<String>,
     /// Columns, without dropped ones.
     pub(super) columns: Vec<Column>,
     /// Columns of the primary key.
     pub(super) primary_key: Vec<String>,
-    /// `seq` has a sequence of its own.
-    pub(super) has_sequence: bool,
+    /// What is wrong with the sequence behind `seq`.
+    pub(super) sequence_faults: Vec<SequenceFault>,
     /// Names of CHECK constraints.
     pub(super) checks: Vec<String>,
     /// There is a DEFAULT partition.
@@ -169,6 +186,15 @@ pub(super) struct FoundTable {
     pub(super) functions: Vec<String>,
     /// Checks that writers do not keep.
     pub(super) violated: Vec<Violated>,
+    /// Indexes of others that mention a column which every settle changes.
+    pub(super) touched: Vec<String>,
+}
+
+impl FoundTable {
+    /// The present version is recorded: everything but what [`steps`] says is there.
+    pub(super) fn is_complete(&self) -> bool {
+        self.version == SCHEMA_VERSION
+    }
 }
 
 /// How a step is done.
@@ -191,8 +217,9 @@ pub(super) struct AdoptionStep {
     pub(super) how: StepPace,
 }
 
-/// Why this table cannot be adopted, each with what to do; empty when it can.
-pub(super) fn refusals(found: &FoundTable) -> Vec<String> {
+/// Why this table cannot be adopted in this order (empty: in whatever there is), each with what to do; empty when it can.
+// Long: a list of what can be wrong with a table, each with its words.
+pub(super) fn refusals(found: &FoundTable, order: &str) -> Vec<String> {
     match &found.kind {
         Kind::Missing => {
             return vec!["there is no table outboxes: run pg-outbox migrate, without --adopt".into()];
@@ -211,6 +238,14 @@ pub(super) fn refusals(found: &FoundTable) -> Vec<String> {
         Kind::Partitioned(_) => {}
     }
     let mut refused = Vec::new();
+    if let Some(chosen) = found.order.as_ref().filter(|chosen| !order.is_empty() && *chosen != order) {
+        refused.push(format!(
+            "events are ordered by {chosen:?} here, and {order:?} was asked for: the order is chosen once"
+        ));
+    }
+    if found.version > SCHEMA_VERSION {
+        refused.extend(check_version(found.version).err().map(|problem| problem.to_string()));
+    }
     for (name, types, not_null) in COLUMNS {
         let Some(column) = found.columns.iter().find(|column| column.name == name) else {
             refused.push(format!("column {name} is missing; it must be {}", types[0]));
@@ -234,9 +269,8 @@ pub(super) fn refusals(found: &FoundTable) -> Vec<String> {
             found.primary_key.join(", ")
         ));
     }
-    if !found.has_sequence {
-        refused.push("seq has no sequence of its own: ALTER SEQUENCE ... OWNED BY outboxes.seq, and make it the default".into());
-    }
+    let not_mended = found.sequence_faults.iter().filter(|fault| fault.mending().is_none());
+    refused.extend(not_mended.map(SequenceFault::problem));
     for partition in found.partitions.iter().filter(|partition| !partition.is_table) {
         refused.push(format!("partition {} is not an ordinary table", partition.name));
     }
@@ -250,6 +284,9 @@ pub(super) fn refusals(found: &FoundTable) -> Vec<String> {
 /// What is missing around the table, in order.
 pub(super) fn steps(found: &FoundTable, schema: &Schema) -> Vec<AdoptionStep> {
     let mut steps: Vec<AdoptionStep> = alter(found, schema).into_iter().collect();
+    for (what, sql) in found.sequence_faults.iter().filter_map(SequenceFault::mending) {
+        steps.push(AdoptionStep { what, sql, how: StepPace::Instantly });
+    }
     for (name, rest) in schema.indexes.iter().filter(|(name, _)| !found.indexes.contains(name)) {
         steps.push(AdoptionStep {
             what: format!("declare index {name}, without building it"),
@@ -260,15 +297,17 @@ pub(super) fn steps(found: &FoundTable, schema: &Schema) -> Vec<AdoptionStep> {
     if !found.has_default_partition {
         steps.push(AdoptionStep {
             what: "add an empty DEFAULT partition, so that no insert fails for want of one".into(),
-            sql: "CREATE TABLE outboxes_default (LIKE outboxes INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE \
-                  INCLUDING COMPRESSION INCLUDING GENERATED) WITH (autovacuum_vacuum_scale_factor = 0.02, \
-                  autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.05); \
-                  ALTER TABLE outboxes ATTACH PARTITION outboxes_default DEFAULT"
-                .into(),
+            sql: format!(
+                "CREATE TABLE outboxes_default (LIKE outboxes INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE \
+                 INCLUDING COMPRESSION INCLUDING GENERATED) WITH {}; \
+                 ALTER TABLE outboxes ATTACH PARTITION outboxes_default DEFAULT",
+                schema.storage
+            ),
             how: StepPace::Instantly,
         });
     }
     for partition in &found.partitions {
+        steps.extend(leave_room(partition, schema));
         for (name, rest) in &schema.indexes {
             steps.extend(build(partition, name, rest));
         }
@@ -309,6 +348,14 @@ pub(super) fn remarks(found: &FoundTable, schema: &Schema) -> Vec<String> {
         remarks.push(
             "checks hold for new rows; rows that are there now are left out, whatever they hold".into(),
         );
+    }
+    if !found.is_complete() {
+        remarks.extend(found.touched.iter().map(|index| {
+            format!(
+                "index {index} mentions a column that every settle changes, so each settle writes to every index of its row, and \
+                 to none without it: drop it if nothing needs it"
+            )
+        }));
     }
     remarks
 }
@@ -353,6 +400,17 @@ fn alter(found: &FoundTable, schema: &Schema) -> Option<AdoptionStep> {
     Some(AdoptionStep { what: format!("add {}", what.join(", ")), sql, how: StepPace::Instantly })
 }
 
+/// Rows written from now on leave room for the versions that their settles make; those that are there have what vacuum
+/// frees. The lock is one that vacuum meets and writers do not.
+fn leave_room(partition: &FoundPartition, schema: &Schema) -> Option<AdoptionStep> {
+    let FoundPartition { schema: home, name, fillfactor_is_set, .. } = partition;
+    (!fillfactor_is_set).then(|| AdoptionStep {
+        what: format!("leave room for settles on the pages of {name}"),
+        sql: format!("ALTER TABLE {home}.{} SET ({})", quoted(name), schema.fillfactor()),
+        how: StepPace::Beside,
+    })
+}
+
 /// The part of an index that a partition lacks.
 fn build(partition: &FoundPartition, index: &str, rest: &str) -> Vec<AdoptionStep> {
     let FoundPartition { schema, name: table, size, indexes, .. } = partition;
@@ -386,7 +444,7 @@ fn build(partition: &FoundPartition, index: &str, rest: &str) -> Vec<AdoptionSte
 }
 
 /// What the part of an index on this partition is called; long names end in a number that tells them apart.
-fn part_name(table: &str, index: &str) -> String {
+pub(super) fn part_name(table: &str, index: &str) -> String {
     let kind = index.strip_prefix("outboxes_").unwrap_or(index);
     let name = format!("{table}_{kind}");
     if name.len() <= NAME_MAX_BYTES {

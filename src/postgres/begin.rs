@@ -43,6 +43,19 @@ pub(super) fn begin_claim(settings: &ClaimSettings, home: &Home) -> String {
     )
 }
 
+/// Begins a transaction that changes events or lanes beside the claims, and waits for a lock for so long at most. What it
+/// changed is on disk when it has ended.
+pub(super) fn begin_change(lock_timeout: Duration, home: &Home) -> String {
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
+         {CLAIM_PLANS}, set_config('statement_timeout', '{}', true), {NO_OTHER_LIMITS}, \
+         set_config('lock_timeout', '{}', true), {}{SERVED_BY}",
+        milliseconds(STATEMENT_TIMEOUT),
+        milliseconds(lock_timeout),
+        home.of_transaction(),
+    )
+}
+
 /// Begins a transaction for reading.
 pub(super) fn begin_reading(timeout: Duration, home: &Home) -> String {
     format!(

@@ -3,10 +3,10 @@
 --
 -- $1 boolean: dead letters hold their keys.
 SELECT (SELECT count(DISTINCT key)
-          FROM (SELECT md5(outbox_key(topic, metadata)) FROM outboxes
-                 WHERE published_at IS NULL AND dead_at IS NULL AND isfinite(next_attempt_at) IS NOT NULL
+          FROM (SELECT outbox_key_hash(topic, metadata) FROM outboxes
+                 WHERE isfinite(next_attempt_at) IS NOT NULL
                  LIMIT 100000) AS retrying(key)),
        (SELECT count(DISTINCT key)
-          FROM (SELECT md5(outbox_key(topic, metadata)) FROM outboxes
-                 WHERE $1 AND published_at IS NULL AND dead_at IS NOT NULL AND discarded_at IS NULL
+          FROM (SELECT outbox_key_hash(topic, metadata) FROM outboxes
+                 WHERE $1 AND dead_at IS NOT NULL AND discarded_at IS NULL
                  LIMIT 100000) AS dead(key))

@@ -1,4 +1,4 @@
-//! The beginning of a claim: one open transaction that finds lanes with pending events, and locks them.
+//! The beginning of a claim: one open transaction that locks lanes.
 //!
 //! A claim locks lanes, then reads their events in a second statement, and stays open while they are published; the row
 //! locks on the lanes are what keeps every other claim off their keys, and they fall with the connection. Under READ
@@ -12,32 +12,39 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use postgres::Row;
-use postgres::types::ToSql;
 use uuid::Uuid;
 
-use super::claim_read::{Locked, READ_ANY, READ_FRESH};
-use super::claim_settings::{ClaimLimits, ClaimSettings};
+use super::claim_read::Locked;
+use super::claim_reader::{ClaimLane, Head, READ, Reader, held_keys};
+use super::claim_settings::ClaimLimits;
 use super::claim_settle::{SETTLE_DEAD, SETTLE_PUBLISHED};
+use super::connection::Connection;
 use super::query::Query;
-use super::server_life::ServerLife;
 use super::timestamptz::Timestamptz;
 use super::transaction::Transaction;
 use super::{Store, StoreError, StoreInner, read_all, usize_of};
+use crate::event::Place;
 use crate::event::retry::MAX_ERROR_CHARS;
 use crate::failpoint;
-use crate::lane::{ByLane, marks};
+use crate::lane::marks::{LaneRow, Marks};
+use crate::lane::writers::ServerLife;
 
-/// Events that [`Opening::lock_fresh`] goes through at most: as many as some transactions have, and few enough to leave
+/// Events that [`Opening::lock_newest`] goes through at most: as many as some transactions have, and few enough to leave
 /// most of a burst to the claims that share it out.
-const LOCK_FRESH_EVENTS: i32 = 16;
-const FIND_LANES: Query =
-    query!("find_lanes": ["held", "find_lanes"], INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
-const FIND_FRESH: Query =
-    query!("find_fresh": ["held", "find_fresh"], INT4_ARRAY, INT8_ARRAY, BOOL, BOOL, INT8);
+const LOCK_NEWEST_EVENTS: i32 = 16;
+/// Numbers between the lowest mark and the last one drawn for which [`Opening::lock_newest`] may be tried: it walks over
+/// every event of theirs.
+const NEAR: i64 = 2_000;
+/// Entries of a lane's index that a look walks over at most.
+const LOOK_ENTRIES: i64 = 1_000;
+
 const LOCK_LANES: Query = query!("lock_lanes", INT4_ARRAY, INT4);
-const LOCK_FRESH: Query = query!("lock_fresh", INT4_ARRAY, INT8, INT4);
+const LOCK_NEWEST: Query = query!("lock_newest", INT4_ARRAY, INT8, INT4);
+const LOOK: Query = query!("look", INT4_ARRAY, INT8_ARRAY, INT4_ARRAY, INT8);
+const DUE: Query = query!("due", INT8);
 
 impl Store {
     /// Begins the transaction in which a claim is made.
@@ -49,46 +56,43 @@ impl Store {
         Ok(Opening { transaction: Transaction(Some(connection)), shared: self.shared.clone() })
     }
 
-    /// Has the connection that the next claim gets plan what a claim asks, unless it has: the first event would wait some
-    /// 5 ms for that. For a moment of rest. Does nothing where statements are not prepared or no connection is kept.
+    /// Has the idle connections plan what a claim asks, unless they have: the first event would wait some 5 ms for that, and any
+    /// of them may be the one that the next claim gets. For a moment of rest. Does nothing where statements are not
+    /// prepared.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn warm_up(&self) -> Result<(), StoreError> {
-        if !self.shared.preparing.is_on() || self.shared.max_idle == 0 {
+        if !self.shared.preparing.is_on() {
             return Ok(());
         }
-        // The pool hands out first what came back last.
-        let mut connection = self.connection()?;
-        let every = [&FIND_FRESH, &LOCK_FRESH, &LOCK_LANES, &READ_FRESH, &SETTLE_PUBLISHED];
-        if connection.pooled.has_prepared(&every) {
+        // Each is kept until the end, or the pool would give the same one again.
+        let mut warm = Vec::new();
+        for _ in 0..self.pool.state().idle_connections {
+            let mut connection = self.connection()?;
+            self.warm_up_one(&mut connection)?;
+            warm.push(connection);
+        }
+        Ok(())
+    }
+
+    fn warm_up_one(&self, connection: &mut Connection) -> Result<(), StoreError> {
+        if connection.pooled.has_prepared(&[&LOOK, &LOCK_NEWEST, &LOCK_LANES, &READ, &SETTLE_PUBLISHED]) {
             return Ok(());
         }
         connection.begin(&self.shared.begin_claim)?;
-        let ClaimSettings { ordered, block_on_dead, max_claim_bytes, .. } = self.shared.settings;
-        let (ordered, block_on_dead) = (&ordered, &(ordered && block_on_dead));
-        let backoff_max_ms = &self.shared.backoff_max_ms.load(Ordering::Relaxed);
         // A lane that there is not, and an event.
-        let (lanes, cursors) = (&&[-1][..], &&[marks::BEGINNING][..]);
-        let (ids, created_at) = (&vec![Uuid::nil()], &vec![Timestamptz(0)]);
-        connection.query(&FIND_FRESH, &[lanes, cursors, ordered, block_on_dead, backoff_max_ms])?;
-        connection.query(&LOCK_FRESH, &[lanes, &marks::BEGINNING, &1])?;
+        let (lanes, marks) = (&&[-1][..], &&[i64::MAX][..]);
+        let (places, ids, created_at) = (&vec![Place::default()], &vec![Uuid::nil()], &vec![Timestamptz(0)]);
+        connection.query(&LOOK, &[lanes, marks, lanes, &LOOK_ENTRIES])?;
+        connection.query(&LOCK_NEWEST, &[lanes, &i64::MAX, &1])?;
         connection.query(&LOCK_LANES, &[lanes, &1])?;
+        let no_writers: &[i64] = &[];
         connection.query(
-            &READ_FRESH,
-            &[
-                lanes,
-                &1,
-                ordered,
-                block_on_dead,
-                backoff_max_ms,
-                &max_claim_bytes,
-                cursors,
-                &Some(0_i64),
-                &true,
-            ],
+            &READ,
+            &[lanes, marks, &1, &1_i64, &1_i64, &Some(1_i64), &no_writers, &false, &false, &1_i64],
         )?;
-        connection.execute(&SETTLE_PUBLISHED, &[ids, created_at])?;
+        connection.execute(&SETTLE_PUBLISHED, &[places, created_at, ids])?;
         connection.batch("ROLLBACK")
     }
 }
@@ -99,137 +103,130 @@ pub struct Opening {
     shared: Arc<StoreInner>,
 }
 
-/// What a look into a lane found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LaneLook {
-    /// The lane.
-    pub lane: i32,
-    /// It has something to claim, though perhaps somebody else has claimed it already.
-    pub claimable: bool,
-    /// No fresh event is left in the lane up to here, of those that had appeared when it was looked into; `None` if
-    /// that was not found out.
-    pub reach: Option<i64>,
-}
-
-impl LaneLook {
-    /// Of a lane in which nothing is held back: all that there is begins with its first fresh event.
-    fn fresh(lane: i32, first: Option<i64>) -> LaneLook {
-        LaneLook { lane, claimable: first.is_some(), reach: Some(marks::reach(i64::MAX, first, None)) }
-    }
+/// What a look into lanes found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Looked {
+    /// Each lane, and whether a claim of it would find something or walk on.
+    pub lanes: Vec<(i32, bool)>,
+    /// Something is in retry, in whatever lane.
+    pub any_in_retry: bool,
+    /// The server that was asked; `None` where no lane was.
+    pub server: Option<ServerLife>,
 }
 
 impl Opening {
-    /// Looks into `lanes`, in this order, without locking anything; fresh events are looked for above the cursors.
+    /// Looks into `lanes`, in this order, without locking anything; fresh events are looked for above their marks.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn find(&mut self, lanes: &[i32], cursors: &ByLane<i64>) -> Result<Vec<LaneLook>, StoreError> {
-        let ClaimSettings { ordered, block_on_dead, .. } = self.shared.settings;
+    pub fn look(&mut self, lanes: &[i32], marks: &Marks) -> Result<Looked, StoreError> {
+        let known = lanes.iter().map(|&lane| marks.look_start(lane));
+        let (own, sweeps): (Vec<i64>, Vec<i32>) = known.unzip();
+        let rows = self.transaction.query(&LOOK, &[&lanes, &own, &sweeps, &LOOK_ENTRIES])?;
+        let lanes = read_all(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
+        let Some(first) = rows.first() else { return Ok(Looked::default()) };
+        let seen = |error: postgres::Error| StoreError::from(&error);
+        let any_in_retry = first.try_get(2).map_err(seen)?;
+        let server = Some(ServerLife::read(first, 3).map_err(seen)?);
+        Ok(Looked { lanes, any_in_retry, server })
+    }
+
+    /// Which of these keys nothing holds back any more: no event of theirs is in retry, nor a dead letter that blocks.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn free_keys(&mut self, keys: &[i64]) -> Result<HashSet<i64>, StoreError> {
+        let held = held_keys(&mut self.transaction, &self.shared.settings, keys)?;
+        Ok(keys.iter().copied().filter(|key| !held.contains_key(key)).collect())
+    }
+
+    /// The lanes that have events in retry, each with the time until its earliest one is due, zero if it is.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn due(&mut self) -> Result<Vec<(i32, Duration)>, StoreError> {
         let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
-        let positions = positions(lanes, cursors);
-        let params: &[&(dyn ToSql + Sync)] =
-            &[&lanes, &positions, &ordered, &(ordered && block_on_dead), &backoff_max_ms];
-        if !self.shared.held.load(Ordering::Relaxed) {
-            let rows = self.transaction.query(&FIND_FRESH, params)?;
-            if !rows.is_empty() {
-                return read_all(&rows, |row| Ok(LaneLook::fresh(row.try_get(0)?, row.try_get(1)?)));
-            }
-            self.shared.held.store(true, Ordering::Relaxed);
-        }
-        let rows = self.transaction.query(&FIND_LANES, params)?;
+        let rows = self.transaction.query(&DUE, &[&backoff_max_ms])?;
         read_all(&rows, |row| {
-            let (claimable, settled): (bool, bool) = (row.try_get(1)?, row.try_get(2)?);
-            Ok(LaneLook { lane: row.try_get(0)?, claimable, reach: settled.then_some(i64::MAX) })
+            let ms: i64 = row.try_get(1)?;
+            Ok((row.try_get(0)?, Duration::from_millis(ms.max(0).unsigned_abs())))
         })
     }
 
-    /// Locks those of `lanes` that nobody else has claimed; fresh events of theirs are then read from above the cursors.
+    /// Locks those of `lanes` that nobody else has claimed; fresh events of theirs are then read from above the marks.
     /// When somebody else has them all no connection is held.
     ///
     /// # Errors
-    /// PostgreSQL is out of reach or refuses; nothing stays locked.
-    pub fn lock(
-        mut self,
-        lanes: &[i32],
-        limits: ClaimLimits,
-        cursors: &ByLane<i64>,
-    ) -> Result<Locked, StoreError> {
+    /// PostgreSQL is out of reach or refuses, or the schema is of another version; nothing stays locked.
+    pub fn lock(mut self, lanes: &[i32], limits: ClaimLimits, marks: &Marks) -> Result<Locked, StoreError> {
         let rows = self.transaction.query(&LOCK_LANES, &[&lanes, &limits.max_lanes()])?;
         if rows.is_empty() {
             self.transaction.roll_back()?;
         }
-        self.locked(&rows, limits, cursors)
+        self.locked(&rows, limits, marks)
     }
 
-    /// Locks, without a look, those of `lanes` that have one of the first fresh events above the cursors and that nobody
-    /// else has claimed.
+    /// Locks, without a look, those of `lanes` that have one of the first fresh events above the lowest of their marks and
+    /// that nobody else has claimed.
     ///
-    /// A hint, for when a few events have just come: [`Fresh::Nothing`] does not say that there is nothing. It is that at
-    /// once where a search could be long or in vain: a lane has no cursor, or something may hold events back.
+    /// A hint, for when a few events have just come: [`Newest::Nothing`] does not say that there is nothing. It is that at
+    /// once where the search could be long: a lane's mark is far below the last number drawn.
     ///
     /// # Errors
-    /// PostgreSQL is out of reach or refuses; nothing stays locked.
-    pub fn lock_fresh(
+    /// PostgreSQL is out of reach or refuses, or the schema is of another version; nothing stays locked.
+    pub fn lock_newest(
         mut self,
         lanes: &[i32],
         limits: ClaimLimits,
-        cursors: &ByLane<i64>,
-    ) -> Result<Fresh, StoreError> {
-        let from = positions(lanes, cursors).into_iter().min().unwrap_or(marks::BEGINNING);
-        if from == marks::BEGINNING || self.shared.held.load(Ordering::Relaxed) {
-            return Ok(Fresh::Nothing(self));
-        }
-        let max_events = LOCK_FRESH_EVENTS.min(limits.max_lanes());
-        let rows = self.transaction.query(&LOCK_FRESH, &[&lanes, &from, &max_events])?;
+        marks: &Marks,
+    ) -> Result<Newest, StoreError> {
+        let from = lanes.iter().map(|&lane| marks.look_from(lane)).min();
+        let near = |from: i64| marks.last_value().is_some_and(|last| from >= last.saturating_sub(NEAR));
+        let Some(from) = from.filter(|&from| near(from)) else { return Ok(Newest::Nothing(self)) };
+        let max_events = LOCK_NEWEST_EVENTS.min(limits.max_lanes());
+        let rows = self.transaction.query(&LOCK_NEWEST, &[&lanes, &from, &max_events])?;
         if rows.is_empty() {
-            return Ok(Fresh::Nothing(self));
+            return Ok(Newest::Nothing(self));
         }
         let more = rows.len() >= usize_of(max_events);
-        let locked = self.locked(&rows, limits, cursors)?;
-        Ok(Fresh::Locked { locked, more })
+        let locked = self.locked(&rows, limits, marks)?;
+        Ok(Newest::Locked { locked, more })
     }
 
     /// What `rows` say is locked.
-    fn locked(self, rows: &[Row], limits: ClaimLimits, cursors: &ByLane<i64>) -> Result<Locked, StoreError> {
-        let server = rows.first().map(ServerLife::read).transpose();
-        let server = server.map_err(|error| StoreError::from(&error))?.unwrap_or_default();
-        let mut lanes: Vec<i32> = read_all(rows, |row| row.try_get(0))?;
+    fn locked(self, rows: &[Row], limits: ClaimLimits, marks: &Marks) -> Result<Locked, StoreError> {
         let mut seen = HashSet::new();
-        lanes.retain(|lane| seen.insert(*lane));
+        let mut lanes = Vec::new();
+        let mut server = ServerLife::default();
+        for row in rows {
+            let (life, version, lane) = read_lane(row).map_err(|error| StoreError::from(&error))?;
+            super::migrate::check_version(version)?;
+            server = life;
+            if seen.insert(lane.lane) {
+                let start = marks.start(lane.lane);
+                lanes.push((lane, start));
+            }
+        }
         if !lanes.is_empty() {
             failpoint!("claim.locked");
         }
-        let from = positions(&lanes, cursors);
-        Ok(Locked { transaction: self.transaction, shared: self.shared, lanes, server, from, limits })
+        let names = lanes.iter().map(|(lane, _)| lane.lane).collect();
+        let reader = Reader::new(self.shared, lanes, marks.basis(), server, limits);
+        Ok(Locked { transaction: self.transaction, lanes: names, server, reader })
     }
 
     /// The event that a claim of one event of this lane would read; without its texts, so that nothing about it can
-    /// keep it from being read. `None` when the lane has nothing to claim.
+    /// keep it from being read. `None` when the lane has nothing to claim, or somebody else has it.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn head(&mut self, lane: i32, cursors: &ByLane<i64>) -> Result<Option<Head>, StoreError> {
-        let settings = &self.shared.settings;
-        let lanes = &[lane][..];
-        let rows = self.transaction.query(
-            &READ_ANY,
-            &[
-                &lanes,
-                &1,
-                &settings.ordered,
-                &(settings.ordered && settings.block_on_dead),
-                &self.shared.backoff_max_ms.load(Ordering::Relaxed),
-                &settings.max_claim_bytes,
-                &positions(lanes, cursors),
-                &None::<i64>,
-                &true,
-            ],
-        )?;
-        let head = |row: &Row| -> Result<Head, postgres::Error> {
-            let (id, seq, attempts) = (row.try_get(1)?, row.try_get(2)?, row.try_get(6)?);
-            Ok(Head { id, seq, created_at: row.try_get::<_, Timestamptz>(3)?.0, attempts })
-        };
-        rows.first().map(head).transpose().map_err(|error| StoreError::from(&error))
+    pub fn head(self, lane: i32, marks: &Marks) -> Result<Option<Head>, StoreError> {
+        Ok(self.locked_head(lane, marks)?.map(|(head, _)| head))
+    }
+
+    fn locked_head(self, lane: i32, marks: &Marks) -> Result<Option<(Head, Transaction)>, StoreError> {
+        let limits = ClaimLimits { lanes: 1, events: 1, event_bytes: None };
+        self.lock(&[lane], limits, marks)?.head()
     }
 
     /// Makes a dead letter of `head`, which cannot be read, says `reason`; returns whether it did. It does not if
@@ -237,34 +234,24 @@ impl Opening {
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses; nothing is changed.
-    pub fn bury(
-        mut self,
-        lane: i32,
-        cursors: &ByLane<i64>,
-        head: Head,
-        reason: &str,
-    ) -> Result<bool, StoreError> {
-        let lanes = &[lane][..];
-        if self.transaction.query(&LOCK_LANES, &[&lanes, &1])?.is_empty()
-            || self.head(lane, cursors)? != Some(head)
-        {
+    pub fn bury(self, lane: i32, marks: &Marks, head: Head, reason: &str) -> Result<bool, StoreError> {
+        let Some((now, mut transaction)) = self.locked_head(lane, marks)? else { return Ok(false) };
+        if now != head {
             return Ok(false);
         }
-        let Some(mut connection) = self.transaction.0.take() else { return Ok(false) };
+        let Some(mut connection) = transaction.0.take() else { return Ok(false) };
         let ids = vec![head.id];
         let created_at = vec![Timestamptz(head.created_at)];
         let attempts = vec![head.attempts.saturating_add(1)];
-        let buried = connection.execute(
-            &SETTLE_DEAD,
-            &[&ids, &created_at, &attempts, &vec![connection.storable(reason, MAX_ERROR_CHARS)]],
-        )?;
+        let reasons = vec![connection.storable(reason, MAX_ERROR_CHARS)];
+        let buried = connection.execute(&SETTLE_DEAD, &[&ids, &created_at, &attempts, &reasons])?;
         connection.batch("COMMIT")?;
         Ok(buried > 0)
     }
 }
 
-/// What [`Opening::lock_fresh`] came to.
-pub enum Fresh {
+/// What [`Opening::lock_newest`] came to.
+pub enum Newest {
     /// Lanes are locked.
     Locked {
         /// Which.
@@ -276,18 +263,9 @@ pub enum Fresh {
     Nothing(Opening),
 }
 
-/// An event without its texts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Head {
-    /// `outboxes.id`.
-    pub id: Uuid,
-    /// `outboxes.seq`.
-    pub seq: i64,
-    created_at: i64,
-    attempts: i32,
-}
-
-/// The cursors of these lanes.
-fn positions(lanes: &[i32], cursors: &ByLane<i64>) -> Vec<i64> {
-    lanes.iter().map(|&lane| cursors.get(usize_of(lane)).copied().unwrap_or(marks::BEGINNING)).collect()
+/// A row of what locking returns: the server's life, the schema's version, and the lane.
+fn read_lane(row: &Row) -> Result<(ServerLife, i32, ClaimLane), postgres::Error> {
+    let locked = LaneRow { settled_to: row.try_get(1)?, sweeps: row.try_get(2)? };
+    let lane = ClaimLane::new(row.try_get(0)?, locked, row.try_get(3)?);
+    Ok((ServerLife::read(row, 4)?, row.try_get(7)?, lane))
 }

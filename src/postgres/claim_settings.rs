@@ -31,10 +31,11 @@ pub struct ClaimSettings {
 pub struct ClaimLimits {
     /// Lanes at most.
     pub lanes: i32,
-    /// Events at most.
+    /// Events of one read at most.
     pub events: i32,
-    /// Bytes of a payload at most, and of a metadata: what is larger can be no message, and stays in the database.
-    pub event_bytes: usize,
+    /// Bytes of payload and metadata that an event has at most: what is larger can be no message, and stays in the
+    /// database. `None`: no texts are read at all.
+    pub event_bytes: Option<usize>,
 }
 
 impl ClaimLimits {

@@ -1,39 +1,40 @@
 //! A claim with its events, and how it ends: what became of them is written, or nothing is and the lanes are given back.
 //!
-//! A worker settles it, in the transaction that has held the lanes since the claimer locked them, with at most three
-//! statements whatever the number of events. Either all outcomes are on record when that returns, or none is. An event
-//! that somebody else has settled, buried or deleted meanwhile is not written, and counted as missed. Dropping a claim
-//! releases it.
+//! A worker settles it, in the transaction that has held the lanes since the claimer locked them, with few statements
+//! whatever the number of events; the shared marks of its lanes go with them, where they may be written. Either all of that is on
+//! record when it returns, or none is. An event that somebody else has settled, buried or deleted meanwhile is not
+//! written, and counted as missed. Dropping a claim releases it.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use uuid::Uuid;
 
 use super::StoreError;
-use super::claim_lanes::{LaneEnd, LaneRead};
+use super::claim_reader::{ClaimLane, Reader};
 use super::connection::Connection;
 use super::query::Query;
 use super::timestamptz::Timestamptz;
 use super::transaction::Transaction;
 use crate::event::retry::MAX_ERROR_CHARS;
-use crate::event::{Event, Outcome};
+use crate::event::{Event, EventRow, Outcome, Place};
 use crate::failpoint;
-use crate::lane::marks;
+use crate::lane::marks::{Basis, LaneEnd, LaneRow};
 
-pub(super) const SETTLE_PUBLISHED: Query = query!("settle_published", UUID_ARRAY, TIMESTAMPTZ_ARRAY);
+pub(super) const SETTLE_PUBLISHED: Query =
+    query!("settle_published", TID_ARRAY, TIMESTAMPTZ_ARRAY, UUID_ARRAY);
+const SETTLE_MOVED: Query = query!("settle_moved", TIMESTAMPTZ_ARRAY, UUID_ARRAY);
 const SETTLE_RETRIED: Query =
     query!("settle_retried", UUID_ARRAY, TIMESTAMPTZ_ARRAY, INT4_ARRAY, INT8_ARRAY, TEXT_ARRAY);
 pub(super) const SETTLE_DEAD: Query =
     query!("settle_dead", UUID_ARRAY, TIMESTAMPTZ_ARRAY, INT4_ARRAY, TEXT_ARRAY);
+const WRITE_MARKS: Query = query!("write_marks", INT4_ARRAY, INT8_ARRAY, INT8);
 
 /// Lanes locked plus their events read, in one open transaction. Ends by [`Claim::settle`], by
 /// [`Claim::release`], or by being dropped, which releases it too.
 pub struct Claim {
     pub(super) transaction: Transaction,
-    /// The lanes locked.
-    pub lanes: Vec<i32>,
-    /// How each lane was read.
-    pub(super) reads: Vec<LaneRead>,
+    pub(super) reader: Reader,
     pub(super) events: Vec<Event>,
 }
 
@@ -41,6 +42,11 @@ impl Claim {
     /// The events read, for whoever publishes them; by lane, each lane in `seq` order. Empty the second time.
     pub fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
+    }
+
+    /// The lanes locked.
+    pub fn lanes(&self) -> Vec<i32> {
+        self.reader.lanes.iter().map(|lane| lane.lane).collect()
     }
 
     /// How many events were read and not yet taken.
@@ -59,15 +65,27 @@ impl Claim {
         self.events.is_empty()
     }
 
-    /// The lane of the event that was too large to be read (`Large::Refused`) and kept the claim from having any.
+    /// The lane whose first event is too large to be read beside others (`Large::Refused`).
     pub fn too_large(&self) -> Option<i32> {
-        let cut = self.reads.iter().find(|read| read.is_cut());
-        cut.filter(|_| self.is_empty()).map(|read| read.lane)
+        self.reader.too_large()
     }
 
-    /// What these outcomes mean for the claim's lanes, once they are settled; `untouched` are the events that stay as
-    /// they were.
-    pub fn ends<'e>(&self, untouched: impl IntoIterator<Item = &'e Event>) -> Vec<LaneEnd> {
+    /// Reads the events that come next in the lanes that a limit has cut short, under the same locks; all that was read
+    /// before must have been published. `None` when that could lose order, or when there is nothing to go on with.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses: nothing of the claim can be settled any more.
+    pub fn read_on(&mut self) -> Result<Option<Vec<Event>>, StoreError> {
+        self.reader.read_on(&mut self.transaction)
+    }
+
+    /// What was known of the writers when the claim was made.
+    pub fn basis(&self) -> Arc<Basis> {
+        self.reader.basis.clone()
+    }
+
+    /// How the claim ends for its lanes; `untouched` are the events that stay as they were.
+    pub fn ends<'e>(&self, untouched: impl IntoIterator<Item = &'e EventRow>) -> Vec<LaneEnd> {
         let mut first_untouched: HashMap<i32, i64> = HashMap::new();
         let mut untouched_lanes = HashSet::new();
         for event in untouched {
@@ -77,23 +95,29 @@ impl Claim {
                 *seq = event.seq.min(*seq);
             }
         }
-        let end = |read: &LaneRead| LaneEnd {
-            lane: read.lane,
-            reach: marks::reach(read.read_to, read.left_out, first_untouched.get(&read.lane).copied()),
-            more: read.is_cut() || untouched_lanes.contains(&read.lane),
+        let end = |lane: &ClaimLane| LaneEnd {
+            lane: lane.lane,
+            row: lane.locked,
+            reached: Some(before(
+                lane.end,
+                first_untouched.get(&lane.lane).copied().into_iter().chain(lane.pinned),
+            )),
+            left_out: Arc::new(lane.left_out.clone()),
+            more: lane.more || untouched_lanes.contains(&lane.lane),
         };
-        self.reads.iter().map(end).collect()
+        self.reader.lanes.iter().map(end).collect()
     }
 
-    /// Writes what became of the events and commits, in at most three statements. An event without an outcome
-    /// stays as it is, like an `Untouched` one.
+    /// Writes what became of the events, and marks that may be written, and commits. An event without an outcome stays as it
+    /// is, like an `Untouched` one. `ends` is what [`Claim::ends`] said, and comes back with the marks as they are now.
     ///
     /// # Errors
     /// The connection was lost or PostgreSQL refuses: nothing of the claim is settled, and what was published
     /// will be published again (a lost COMMIT may have happened all the same).
     pub fn settle<'e>(
         mut self,
-        outcomes: impl IntoIterator<Item = (&'e Event, &'e Outcome)>,
+        outcomes: impl IntoIterator<Item = (&'e EventRow, &'e Outcome)>,
+        ends: &mut [LaneEnd],
     ) -> Result<Settled, StoreError> {
         let mut writes = Writes::default();
         let Some(mut connection) = self.transaction.0.take() else {
@@ -104,10 +128,31 @@ impl Claim {
             writes.add(event, outcome, &connection);
         }
         let settled = writes.apply(&mut connection)?;
+        self.write_marks(&mut connection, ends)?;
         failpoint!("settle.written");
         connection.batch("COMMIT")?;
         failpoint!("settle.committed");
         Ok(settled)
+    }
+
+    /// Writes the shared marks that have risen, of lanes whose mark was not written for a while.
+    fn write_marks(&self, connection: &mut Connection, ends: &mut [LaneEnd]) -> Result<(), StoreError> {
+        let (mut lanes, mut marks) = (Vec::new(), Vec::new());
+        for end in ends.iter_mut() {
+            let may = self.reader.lanes.iter().any(|lane| lane.lane == end.lane && lane.may_mark);
+            let Some(reached) = end.reached.filter(|_| may) else { continue };
+            let settled_to = end.row.settled_to;
+            let mark = self.reader.basis.settled_to(end.left_out.before_first(reached), settled_to);
+            if mark > settled_to {
+                end.row = LaneRow { settled_to: mark, ..end.row };
+                lanes.push(end.lane);
+                marks.push(mark);
+            }
+        }
+        if !lanes.is_empty() {
+            connection.execute(&WRITE_MARKS, &[&lanes, &marks, &self.reader.sequence_file])?;
+        }
+        Ok(())
     }
 
     /// Rolls the claim back: nothing was attempted, and the next claim may have its lanes.
@@ -117,6 +162,11 @@ impl Claim {
     pub fn release(mut self) -> Result<(), StoreError> {
         self.transaction.roll_back()
     }
+}
+
+/// The lower of `end` and what is right before the first of `events`.
+fn before(end: i64, events: impl IntoIterator<Item = i64>) -> i64 {
+    events.into_iter().map(|seq| seq.saturating_sub(1)).fold(end, i64::min)
 }
 
 /// What a settle changed, in events.
@@ -142,6 +192,7 @@ struct Writes {
 
 #[derive(Default)]
 struct Rows {
+    places: Vec<Place>,
     ids: Vec<Uuid>,
     created_at: Vec<Timestamptz>,
     attempts: Vec<i32>,
@@ -150,7 +201,7 @@ struct Rows {
 }
 
 impl Writes {
-    fn add(&mut self, event: &Event, outcome: &Outcome, connection: &Connection) {
+    fn add(&mut self, event: &EventRow, outcome: &Outcome, connection: &Connection) {
         match outcome {
             Outcome::Published => self.published.add(event),
             Outcome::Retry { attempts, delay_ms, error } => {
@@ -174,11 +225,14 @@ impl Writes {
         let Writes { published, retried, dead } = self;
         let mut settled = Settled::default();
         if !published.ids.is_empty() {
-            settled.published =
-                connection.execute(&SETTLE_PUBLISHED, &[&published.ids, &published.created_at])?;
+            let Rows { places, created_at, ids, .. } = published;
+            settled.published = connection.execute(&SETTLE_PUBLISHED, &[places, created_at, ids])?;
+            if settled.published < ids.len() as u64 {
+                settled.published += connection.execute(&SETTLE_MOVED, &[created_at, ids])?;
+            }
         }
         if !retried.ids.is_empty() {
-            let Rows { ids, created_at, attempts, delays_ms, errors } = retried;
+            let Rows { ids, created_at, attempts, delays_ms, errors, .. } = retried;
             settled.retried =
                 connection.execute(&SETTLE_RETRIED, &[ids, created_at, attempts, delays_ms, errors])?;
         }
@@ -192,7 +246,8 @@ impl Writes {
 }
 
 impl Rows {
-    fn add(&mut self, event: &Event) {
+    fn add(&mut self, event: &EventRow) {
+        self.places.push(event.place);
         self.ids.push(event.id);
         self.created_at.push(Timestamptz(event.created_at));
     }

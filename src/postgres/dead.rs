@@ -11,12 +11,11 @@ use std::time::Duration;
 use postgres::Row;
 use uuid::Uuid;
 
-use super::begin::{CLAIM_PLANS, SERVED_BY};
+use super::begin::begin_change;
 use super::connection::Connection;
-use super::home::Home;
 use super::query::Query;
 use super::timestamptz::Timestamptz;
-use super::{STATEMENT_TIMEOUT, Store, StoreError, milliseconds, read_all};
+use super::{STATEMENT_TIMEOUT, Store, StoreError, read_all};
 
 /// Longest wait for the claim that has a lane: longer than a claim sends, waits for acks, and probes.
 const LANE_TIMEOUT: Duration = Duration::from_secs(25);
@@ -164,7 +163,7 @@ impl Store {
     pub fn change_dead(&self, letters: &[Letter], change: LetterChange) -> Result<Vec<i64>, StoreError> {
         let Some(lane) = letters.first().map(|letter| letter.lane) else { return Ok(Vec::new()) };
         let mut connection = self.connection()?;
-        connection.begin(&begin_change(&self.shared.home))?;
+        connection.begin(&begin_change(LANE_TIMEOUT, &self.shared.home))?;
         connection.query(&LOCK_LANE, &[&lane]).map_err(|error| match error.sqlstate() {
             Some(LOCK_NOT_AVAILABLE) => {
                 let waited = LANE_TIMEOUT.as_secs();
@@ -218,18 +217,6 @@ fn apply(
             ],
         ),
     }
-}
-
-/// Begins a transaction that changes events. What an operator decided is on disk when it returns.
-fn begin_change(home: &Home) -> String {
-    format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
-         {}, set_config('statement_timeout', '{}', true), set_config('lock_timeout', '{}', true), {}{SERVED_BY}",
-        CLAIM_PLANS,
-        milliseconds(STATEMENT_TIMEOUT),
-        milliseconds(LANE_TIMEOUT),
-        home.of_transaction(),
-    )
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde wants")]

@@ -1,29 +1,31 @@
-//! What is asked of the outbox as a whole: what waits in it, how far it can be read, and whether it is all there.
+//! What is asked of the outbox as a whole: what waits in it, and whether it is all there.
 //!
-//! The claimer's thread asks for the horizon and the outlook, the thread of the gauges for the backlog, and both the
+//! The claimer's thread asks whether others have claims open, the thread of the gauges for the backlog, and both the
 //! claimer's and commands for the schema. Each is one short transaction that only reads, over a connection of the pool,
-//! with a limit on its time. Nothing here locks a lane or changes a row; counting what waits is the only question whose
-//! cost grows with the answer.
+//! with a limit on its time. Nothing here locks a lane or changes a row, but for mending the lanes, which puts missing rows
+//! back; counting what waits is the only question whose cost grows with the answer.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::begin::begin_reading;
+use super::begin::begin_change;
+use super::migrate::check_version;
 use super::query::Query;
+use super::sequence::{SEQUENCE_FAULTS, SequenceFault};
 use super::{STATEMENT_TIMEOUT, Store, StoreError, first, read_all};
 use crate::lane::LANES;
-use crate::lane::marks::{HorizonReading, OpenWriter};
 
+/// Longest wait for whoever has `outbox_lanes` locked.
+const MEND_WAIT: Duration = Duration::from_secs(1);
 /// The backlog is worth this much and no more.
 pub(super) const BACKLOG_TIMEOUT: Duration = Duration::from_secs(10);
 
-const LAST_SEQ: Query = query!("last_seq");
-const OPEN_WRITERS: Query = query!("open_writers");
-const OUTLOOK: Query = query!("outlook", INT8);
-const BACKLOG: Query = query!("backlog");
+const CLAIMS_OPEN: Query = query!("claims_open");
+const BACKLOG: Query = query!("backlog", INT8_ARRAY, INT8);
 const SCHEMA_PROBLEMS: Query = query!("schema_problems");
+const SCHEMA_VERSION: Query = query!("schema_version");
 const HIDDEN: Query = query!("hidden");
-const MISSING_LANES: Query = query!("missing_lanes");
+const MISSING_ROWS: Query = query!("missing_rows");
+const MEND_LANES: Query = query!("mend_lanes");
 const SERVER_VERSION: Query = query!("server_version");
 
 /// What waits in the outbox.
@@ -37,55 +39,45 @@ pub struct Backlog {
     pub dead: i64,
     /// Age of the oldest pending event; zero when there is none.
     pub lag: Duration,
+    /// How many lanes have no row: nobody claims the events of those.
+    pub missing_lanes: i64,
 }
 
-/// What may make something claimable without any notification.
+/// Rows that the schema came with, and that somebody has deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Outlook {
-    /// Time until the earliest event in retry is due, zero if one is; `None` when no event is in retry.
-    pub next_due: Option<Duration>,
-    /// Somebody has a claim open. Should it be released, or its instance die, its events are there again.
-    pub claims_open: bool,
+pub struct MissingRows {
+    /// Lanes.
+    pub lanes: i64,
+    /// The version of the schema.
+    pub version: bool,
+}
+
+impl MissingRows {
+    /// Each kind, in words.
+    pub fn words(&self) -> Vec<String> {
+        let lanes = (self.lanes > 0).then(|| format!("{} of {LANES} rows of table outbox_lanes", self.lanes));
+        let version = self.version.then(|| "the row of table outbox_schema".to_owned());
+        lanes.into_iter().chain(version).collect()
+    }
 }
 
 impl Store {
-    /// What bounds the cursors, as `lane/marks.rs` wants it read; `None` where events can appear below any bound, as
-    /// `seq` does not come from a sequence of its own without a cache.
+    /// Whether somebody else has a claim open. Should it be released, or its instance die, its events are there again.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
-    pub fn horizon(&self) -> Result<Option<HorizonReading>, StoreError> {
-        let mut connection = self.begin(&begin_reading(STATEMENT_TIMEOUT, &self.shared.home))?;
-        let last_seq: Option<i64> = first(&connection.query(&LAST_SEQ, &[])?, |row| row.try_get(0))?;
-        let rows = connection.query(&OPEN_WRITERS, &[])?;
-        connection.batch("COMMIT")?;
-        let writers =
-            read_all(&rows, |row| Ok(OpenWriter { name: row.try_get(0)?, prepared: row.try_get(1)? }))?;
-        Ok(last_seq.map(|last_seq| HorizonReading { last_seq, writers: writers.into_iter().collect() }))
+    pub fn claims_open(&self) -> Result<bool, StoreError> {
+        first(&self.read(STATEMENT_TIMEOUT, &CLAIMS_OPEN, &[])?, |row| row.try_get(0))
     }
 
-    /// What an empty claim may be waiting for.
-    ///
-    /// # Errors
-    /// PostgreSQL is out of reach or refuses.
-    pub fn outlook(&self) -> Result<Outlook, StoreError> {
-        let backoff_max_ms = self.shared.backoff_max_ms.load(Ordering::Relaxed);
-        let rows = self.read(STATEMENT_TIMEOUT, &OUTLOOK, &[&backoff_max_ms])?;
-        let (due_ms, claims_open): (Option<i64>, bool) =
-            first(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
-        Ok(Outlook {
-            next_due: due_ms.map(|ms| Duration::from_millis(ms.max(0).unsigned_abs())),
-            claims_open,
-        })
-    }
-
-    /// Counts what waits. Costs about 0.2 s of PostgreSQL for a million pending events, more where vacuum
-    /// has not been; the server gives up after 10 s.
+    /// Counts what waits, about: exact where no lane has more than `entries` above its mark, estimated beyond. `marks` are
+    /// where each lane begins, by lane, as far as this instance knows; empty for where all instances may begin. Costs some
+    /// 2 us of PostgreSQL for each entry; the server gives up after 10 s.
     ///
     /// # Errors
     /// PostgreSQL is out of reach, refuses, or needed more than 10 s (SQLSTATE 57014).
-    pub fn backlog(&self) -> Result<Backlog, StoreError> {
-        let rows = self.read(BACKLOG_TIMEOUT, &BACKLOG, &[])?;
+    pub fn backlog(&self, marks: &[i64], entries: i64) -> Result<Backlog, StoreError> {
+        let rows = self.read(BACKLOG_TIMEOUT, &BACKLOG, &[&marks, &entries])?;
         first(&rows, |row| {
             let lag_us: i64 = row.try_get::<_, Option<i64>>(3)?.unwrap_or(0);
             Ok(Backlog {
@@ -93,6 +85,7 @@ impl Store {
                 retrying: row.try_get(1)?,
                 dead: row.try_get(2)?,
                 lag: Duration::from_micros(lag_us.max(0).unsigned_abs()),
+                missing_lanes: row.try_get(4)?,
             })
         })
     }
@@ -106,25 +99,57 @@ impl Store {
         first(&rows, |row| row.try_get(0))
     }
 
-    /// What the schema lacks, each with the command that adds it; empty when the schema is complete.
+    /// What the schema lacks, or what is wrong with it, each with the command that mends it; empty when it is complete. A
+    /// schema of another version is one problem.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses.
     pub fn schema_problems(&self) -> Result<Vec<String>, StoreError> {
         let rows = self.read(STATEMENT_TIMEOUT, &SCHEMA_PROBLEMS, &[])?;
-        let mut missing: Vec<String> = read_all(&rows, |row| row.try_get(0))?;
+        let mut missing: Vec<(String, bool)> = read_all(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
         // What a missing table would hold goes without saying.
-        let whole = |what: &String| what.starts_with("table ");
-        if missing.iter().any(whole) {
-            missing.retain(whole);
-        } else {
-            let rows = self.read(STATEMENT_TIMEOUT, &MISSING_LANES, &[])?;
-            let lanes: i64 = first(&rows, |row| row.try_get(0))?;
-            if lanes > 0 {
-                missing.push(format!("{lanes} of {LANES} rows of table outbox_lanes"));
+        let is_table = |(what, _): &(String, bool)| what.starts_with("table ");
+        let tables: Vec<(String, bool)> = missing.iter().filter(|what| is_table(what)).cloned().collect();
+        if !tables.iter().any(|(what, _)| what.starts_with("table outbox_schema ")) {
+            let rows = self.read(STATEMENT_TIMEOUT, &SCHEMA_VERSION, &[])?;
+            if let Err(problem) = check_version(first(&rows, |row| row.try_get(0))?) {
+                return Ok(vec![problem.to_string()]);
             }
         }
-        Ok(missing.into_iter().map(|what| format!("{what} is missing; run `pg-outbox migrate`")).collect())
+        if tables.is_empty() {
+            let rows = self.missing_rows()?.words();
+            missing.extend(rows.into_iter().map(|rows| (format!("{rows} is missing"), false)));
+            for row in self.read(STATEMENT_TIMEOUT, &SEQUENCE_FAULTS, &[])? {
+                missing.push((SequenceFault::read(&row)?.problem(), true));
+            }
+        } else {
+            missing = tables;
+        }
+        let words = |(what, adopting): (String, bool)| {
+            format!("{what}; run `pg-outbox migrate{}`", if adopting { " --adopt" } else { "" })
+        };
+        Ok(missing.into_iter().map(words).collect())
+    }
+
+    /// What is missing of the rows that the schema came with.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses.
+    pub fn missing_rows(&self) -> Result<MissingRows, StoreError> {
+        let rows = self.read(STATEMENT_TIMEOUT, &MISSING_ROWS, &[])?;
+        first(&rows, |row| Ok(MissingRows { lanes: row.try_get(0)?, version: row.try_get(1)? }))
+    }
+
+    /// Puts missing rows back, wakes all dispatchers, and returns how many lanes were missing; of several that do so at once, each
+    /// what it has put back. Every instance then reads these lanes from their beginning.
+    ///
+    /// # Errors
+    /// PostgreSQL is out of reach or refuses, or somebody has the table locked (55P03).
+    pub fn mend_lanes(&self) -> Result<i64, StoreError> {
+        let mut connection = self.begin(&begin_change(MEND_WAIT, &self.shared.home))?;
+        let rows = connection.query(&MEND_LANES, &[])?;
+        connection.batch("COMMIT")?;
+        first(&rows, |row| row.try_get(0))
     }
 
     /// What hides events from this role, in words; empty where nothing does.
@@ -158,9 +183,10 @@ mod tests {
                 "INSERT INTO outbox_lanes SELECT lane FROM generate_series(0, {last}) AS"
             ))
         );
-        // The lane of a key is the low bits of a byte.
-        assert!(schema.contains(&format!("OPERATOR(pg_catalog.&) {last}\n")));
-        assert!(LANES.count_ones() == 1 && LANES <= 256, "{last} masks whole lanes of a byte");
-        assert!(include_str!("missing_lanes.sql").contains(&format!("SELECT {LANES} - count(*)")));
+        // The lane of a key is the low bits of its hash.
+        assert!(schema.contains(&format!("OPERATOR(pg_catalog.&) {last})::int\n")));
+        assert_eq!(LANES.count_ones(), 1, "{last} masks whole lanes");
+        assert!(include_str!("missing_rows.sql").contains(&format!("SELECT {LANES} - count(*),")));
+        assert!(schema.contains(&format!("FROM generate_series(0, {last}) AS l(lane)\n")), "what mends them");
     }
 }

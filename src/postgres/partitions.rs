@@ -45,7 +45,8 @@ pub struct Partition {
     pub bytes: i64,
     /// Rows as PostgreSQL estimates them; `None` before its first vacuum.
     pub rows: Option<i64>,
-    /// `pending`, `dead` or (newly) `discarded` when it holds such events and therefore stays; else `None`.
+    /// `pending`, `dead` or (newly) `discarded` when it holds such events and therefore stays; `unread` while it is not known
+    /// whether it has pending ones; else `None`.
     pub holds: Option<String>,
     /// Older than the retention as a whole.
     pub is_old: bool,
@@ -73,6 +74,8 @@ pub enum Dropped {
     Pending,
     /// It holds a dead letter.
     Dead,
+    /// Whether it holds a pending event is not known yet: lanes are not read so far.
+    Unread,
     /// It holds an event that was discarded less than the retention ago.
     Discarded,
     /// Its locks were not free; nobody was kept waiting for long.
@@ -170,7 +173,33 @@ impl PartitionSession {
         first(&rows, |row| row.try_get(0))
     }
 
-    /// Drops a partition if it may go.
+    /// Whether a partition holds an event that is neither published nor dead nor in retry, also one that the marks have
+    /// passed and the sweep has not found: [`PartitionSession::drop`] asks under a lock, and so by the marks alone. Reads all
+    /// of it, in steps of 16 MB; `go_on` is called before each. `None`: it said no.
+    ///
+    /// # Errors
+    /// As [`PartitionSession::list`]; there is no such partition (42P01).
+    pub fn has_fresh(
+        &mut self,
+        name: &str,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<Option<bool>, StoreError> {
+        let mut block = 0;
+        while go_on() {
+            let rows = self.step(&FRESH_BLOCKS, &[&name, &block])?;
+            let (fresh, next): (i64, Option<i64>) =
+                first(&rows, |row| Ok((row.try_get(0)?, row.try_get(1)?)))?;
+            match next {
+                _ if fresh > 0 => return Ok(Some(true)),
+                Some(next) => block = next,
+                None => return Ok(Some(false)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Drops a partition if it may go. Who calls this has looked whether it has fresh events
+    /// ([`PartitionSession::has_fresh`]).
     ///
     /// # Errors
     /// As [`PartitionSession::list`]; there is no such partition (42P01).
@@ -182,6 +211,7 @@ impl PartitionSession {
             "young" => Ok(Dropped::Young),
             "pending" => Ok(Dropped::Pending),
             "dead" => Ok(Dropped::Dead),
+            "unread" => Ok(Dropped::Unread),
             "discarded" => Ok(Dropped::Discarded),
             "locked" => Ok(Dropped::Locked),
             other => Err(StoreError::refused(format!("outbox_drop_partition answered {other:?}"))),
@@ -217,6 +247,7 @@ const PARTITIONS: Query = query!("partitions", INT8);
 const PARTITION_STATE: Query = query!("partition_state");
 const MISSING_PARTITIONS: Query = query!("missing_partitions", INT4);
 const CREATE_PARTITION: Query = query!("create_partition", TEXT);
+const FRESH_BLOCKS: Query = query!("fresh_blocks", TEXT, INT8);
 const DROP_PARTITION: Query = query!("drop_partition", TEXT, INT8);
 const CLEAN_PARTITION: Query = query!("clean_partition", TEXT, INT8, INT8);
 

@@ -15,6 +15,7 @@ use super::timestamptz::Timestamptz;
 use super::{STATEMENT_TIMEOUT, Selection, Store, StoreError, Target, connect, read_all};
 use crate::config::Secret;
 use crate::event::Event;
+use crate::event::Place;
 
 /// Whose turn it is to replay. The first half is that of no other lock of ours.
 const TAKE_TURN: &str =
@@ -135,7 +136,8 @@ fn read_event(row: &Row) -> Result<Event, postgres::Error> {
         seq: row.try_get(1)?,
         created_at: row.try_get::<_, Timestamptz>(2)?.0,
         topic: row.try_get(3)?,
-        key: row.try_get(4)?,
+        key_hash: row.try_get(4)?,
+        place: Place::default(),
         lane: row.try_get(5)?,
         // The attempt that published it is the one that its header shows again.
         attempts: u32::try_from(row.try_get::<_, i32>(6)?).unwrap_or(0).saturating_sub(1),

@@ -1,2 +1,4 @@
--- How many events were ever written, those of transactions that were rolled back included.
-SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('outboxes', 'seq')::regclass), 0)
+-- How many events were ever written, those of transactions that were rolled back included. It takes no lock on the sequence:
+-- who has that is taken for a writer.
+SELECT greatest(last_value, 0)
+  FROM outbox_sequence()

@@ -13,15 +13,19 @@ use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::claim::claimer::Claimer;
+use crate::claim::sampler::{Sampler, Samples};
 use crate::claim::wakeup::{Doze, Sleeper, Wakeup};
 use crate::config::live::{Live, Settings};
 use crate::config::{Config, OnDead};
+use crate::lane::progress::LaneProgress;
 use crate::nats::{Keeper, Publisher};
 use crate::ops::backlog::Janitor;
 use crate::ops::health::{Health, Heartbeat};
 use crate::ops::http::Http;
+use crate::ops::mend::{LaneAlarm, Mender};
 use crate::ops::metrics::Metrics;
 use crate::ops::recent::Waiting;
+use crate::ops::sweep::Sweeper;
 use crate::ops::upkeep::Upkeep;
 use crate::postgres::{ClaimSettings, Store, UPKEEP_STEP};
 use crate::publish::{DrainCount, Finished, Job, Memory, Protocol, Publish, Worker};
@@ -35,6 +39,8 @@ pub(super) struct Parts<'a> {
     pub(super) metrics: Metrics,
     waiting: Waiting,
     doze: Doze,
+    progress: LaneProgress,
+    lane_alarm: LaneAlarm,
     pub(super) draining: Arc<AtomicBool>,
     pub(super) drain: Arc<DrainCount>,
     failed_settles: Arc<AtomicU32>,
@@ -66,6 +72,8 @@ impl<'a> Parts<'a> {
             metrics: Metrics::new(),
             waiting: Waiting::default(),
             doze: Doze::default(),
+            progress: LaneProgress::default(),
+            lane_alarm: LaneAlarm::default(),
             draining: Arc::default(),
             drain: Arc::default(),
             failed_settles: Arc::default(),
@@ -153,6 +161,9 @@ impl<'a> Parts<'a> {
     pub(super) fn janitor(&self) -> Janitor {
         Janitor {
             store: self.store.clone(),
+            progress: self.progress.clone(),
+            lane_alarm: self.lane_alarm.clone(),
+            mender: Mender::new(self.store.clone(), self.health.clone()),
             heartbeat: self.heartbeat("janitor"),
             metrics: self.metrics.clone(),
             waiting: self.waiting.clone(),
@@ -166,6 +177,25 @@ impl<'a> Parts<'a> {
             heartbeat: self.health.thread("upkeep", self.stuck + UPKEEP_STEP),
             metrics: self.metrics.clone(),
         }
+    }
+
+    pub(super) fn sweeper(&self) -> Sweeper {
+        Sweeper {
+            store: self.store.clone(),
+            live: self.live.clone(),
+            progress: self.progress.clone(),
+            health: self.health.clone(),
+            sampled_within: self.config.dispatcher.fallback_interval,
+            heartbeat: self.health.thread("sweep", self.stuck + UPKEEP_STEP),
+            metrics: self.metrics.clone(),
+        }
+    }
+
+    /// The thread that looks after the open writers, and what the claimer asks it with.
+    pub(super) fn sampler(&self) -> (Samples, Sampler) {
+        let (ours, asked, samples) = Samples::new();
+        let heartbeat = self.heartbeat("sampler");
+        (ours, Sampler { store: self.store.clone(), asked, samples, heartbeat })
     }
 
     pub(super) fn claimer(
@@ -187,6 +217,8 @@ impl<'a> Parts<'a> {
             max_claim_bytes: self.max_claim_bytes,
             poll_interval: dispatcher.poll_interval,
             fallback_interval: dispatcher.fallback_interval,
+            progress: self.progress.clone(),
+            lane_alarm: self.lane_alarm.clone(),
             health: self.health.clone(),
             heartbeat: self.heartbeat("claimer"),
             metrics: self.metrics.clone(),

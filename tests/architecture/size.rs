@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proc_macro2::{TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 
-use super::source::{Source, assert_none, attributes, impl_attributes, is_for_tests, sources};
+use super::source::{Source, assert_none, attributes, impl_attributes, is_for_tests, is_tests, sources};
 
 /// Longest file, without its tests.
 const FILE_LINES_MAX: usize = 500;
@@ -68,7 +68,7 @@ struct Function {
 impl Items {
     fn of(file: &Source) -> Items {
         let mut items = Items::default();
-        if !file.path.ends_with("/tests.rs") {
+        if !is_tests(&file.path) {
             items.visit_file(&file.parsed);
         }
         items

@@ -1,7 +1,7 @@
 //! A file of the repository: its text, what it parses to, and which of it is the program.
 //!
 //! Test code is left out where a rule is about the program: every item behind `#[cfg(test)]`, wherever it stands in its
-//! file, and files that are called `tests.rs`.
+//! file, and files that are called `tests.rs` or stand in the folder of one.
 
 use std::fs;
 use std::path::Path;
@@ -28,7 +28,7 @@ impl Source {
         tests.visit_file(&parsed);
         let is_test = |number: usize| tests.0.iter().any(|(first, last)| (first..=last).contains(&&number));
         let (mut program, mut lines) = (String::new(), 0);
-        if !path.ends_with("/tests.rs") {
+        if !is_tests(path) {
             for (index, line) in text.lines().enumerate() {
                 if !is_test(index + 1) {
                     program.push_str(line);
@@ -87,6 +87,11 @@ pub fn sources(folder: &str) -> Vec<Source> {
     assert!(found.len() > 5, "{folder} has its files");
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found
+}
+
+/// Whether the file holds tests alone: it is called `tests.rs`, or stands in the folder of one.
+pub fn is_tests(path: &str) -> bool {
+    path.ends_with("/tests.rs") || path.starts_with("src/") && path.contains("/tests/")
 }
 
 /// Whether an item with these attributes is built for tests alone: `#[cfg(test)]` or `#[cfg(all(test, ...))]`.

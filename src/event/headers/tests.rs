@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::*;
+use crate::event::Place;
 use crate::event::header_rules::{MAX_NAME_CHARS, MAX_NAMED, Reason, is_token};
 
 fn policy() -> HeaderPolicy {
@@ -22,7 +23,8 @@ fn event(metadata: &str) -> Event {
         seq: 81_231,
         created_at: 0,
         topic: "order.placed".to_owned(),
-        key: "k".to_owned(),
+        key_hash: 1,
+        place: Place::default(),
         lane: 0,
         metadata: Some(metadata.to_owned()),
         payload: "{}".to_owned(),

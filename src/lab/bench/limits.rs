@@ -16,7 +16,8 @@ use super::threads::join_all;
 use crate::config::Database;
 use crate::event::headers::HeaderPolicy;
 use crate::event::{Event, Outcome};
-use crate::lane::{LANES, by_lane, marks};
+use crate::lane::LANES;
+use crate::lane::marks::Marks;
 use crate::nats::raw::{Message, Raw};
 use crate::nats::streams::Batches;
 use crate::postgres::{ClaimLimits, ClaimSettings, Large, Store};
@@ -102,24 +103,23 @@ fn database_alone(outbox: &Outbox, threads: usize, batch: usize) -> Result<(Dura
     Ok((began.elapsed(), events.into_iter().flatten().collect()))
 }
 
-/// Claims and settles these lanes to their ends, from cursors, as nobody else does.
+/// Claims and settles these lanes to their ends, each claim from the marks of the one before, as nobody else does.
 fn claim_all(store: &Store, lanes: &[i32], batch: usize) -> Result<Vec<Event>> {
     let events = i32::try_from(batch).unwrap_or(i32::MAX);
-    let limits = ClaimLimits { lanes: LANES, events, event_bytes: usize::MAX };
-    let mut cursors = by_lane(marks::BEGINNING);
+    let limits = ClaimLimits { lanes: LANES, events, event_bytes: Some(usize::MAX) };
+    let mut marks = Marks::default();
+    marks.observe(&store.sample()?.sample);
     let mut all = Vec::new();
     loop {
-        let mut claim = store.open()?.lock(lanes, limits, &cursors)?.read(Large::Alone)?;
+        let mut claim = store.open()?.lock(lanes, limits, &marks)?.read(Large::Alone)?;
         if claim.is_empty() {
             return Ok(all);
         }
         let events = claim.take_events();
-        for end in claim.ends([]) {
-            if let (Ok(lane), true) = (usize::try_from(end.lane), end.reach < i64::MAX) {
-                cursors[lane] = end.reach;
-            }
-        }
-        let settled = claim.settle(events.iter().map(|event| (event, &Outcome::Published)))?;
+        let rows: Vec<_> = events.iter().map(Event::row).collect();
+        let (basis, mut ends) = (claim.basis(), claim.ends([]));
+        let settled = claim.settle(rows.iter().map(|row| (row, &Outcome::Published)), &mut ends)?;
+        ends.iter().for_each(|end| marks.ended(&basis, end));
         ensure!(settled.missed == 0, "{} events were settled by somebody else", settled.missed);
         all.extend(events);
     }

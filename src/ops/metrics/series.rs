@@ -55,6 +55,8 @@ pub(super) struct Series {
     pub(super) last_upkeep: Gauge,
     pub(super) deleted_events: IntCounter,
     pub(super) dropped_partitions: IntCounter,
+    pub(super) sweep_found: IntCounter,
+    pub(super) last_sweep: Gauge,
     pub(super) pool_busy: IntGauge,
     pub(super) pool_idle: IntGauge,
     pub(super) pool_max: IntGauge,
@@ -109,6 +111,8 @@ impl Series {
             last_upkeep: gauge(r, "outbox_upkeep_last_success_timestamp_seconds", UPKEEP_HELP),
             deleted_events: counter(r, "outbox_events_deleted_total", DELETED_HELP),
             dropped_partitions: counter(r, "outbox_partitions_dropped_total", DROPPED_HELP),
+            sweep_found: counter(r, "outbox_sweep_found_total", SWEEP_FOUND_HELP),
+            last_sweep: gauge(r, "outbox_sweep_last_pass_timestamp_seconds", SWEEP_HELP),
             pool_busy: pool.with_label_values(&["busy"]),
             pool_idle: pool.with_label_values(&["idle"]),
             pool_max: int_gauge(r, "outbox_pool_max_connections", POOL_MAX_HELP),
@@ -149,6 +153,10 @@ const UPKEEP_HELP: &str = "Unix time at which this instance last finished a roun
 const DELETED_HELP: &str = "Published events deleted one by one as too old, not counting those that went with \
     their partition.";
 const DROPPED_HELP: &str = "Partitions dropped as too old.";
+const SWEEP_FOUND_HELP: &str = "Events found pending that claims had passed, and would never have come to; of one lane \
+    at most 100 at a time are counted, and all that wait behind them are published with them.";
+const SWEEP_HELP: &str = "Unix time at which this instance last finished a sweep of all partitions that need one; 0 if it \
+    has not since the start.";
 const POOL_HELP: &str = "Connections of the PostgreSQL pool, by state.";
 const POOL_MAX_HELP: &str = "Connections the PostgreSQL pool may have.";
 const CONNECTS_HELP: &str = "Connections made to NATS, the first included.";
