@@ -33,7 +33,7 @@ use pg_outbox::lab::sandbox::NatsServer;
 use serde_json::{Value, json};
 
 use super::harness::stream::{current_nats, shared_current_nats, shared_nats};
-use super::harness::workload::writers_until;
+use super::harness::workload::{Lingering, writers_until};
 use super::harness::{
     Config, Daemon, Evidence, Evident, History, Mode, Stored, TestDb, TestStream, Workload, check_all,
     start_nats, unique, wait_until,
@@ -114,6 +114,8 @@ faults! {
     a_replica_takes_over, within 40 s, "a read-only server is passed over": postgres::a_replica_takes_over;
     statements_time_out, within 30 s, "an error ends a claim and nothing else": postgres::statements_time_out;
     locks_time_out, within 30 s, "what others set for locks ends no claim": postgres::locks_time_out;
+    writers_stay_open, within 30 s, "an open transaction holds nobody up, and its events keep their order": postgres::writers_stay_open;
+    transactions_are_prepared, within 30 s, "so does one that outlives the server": postgres::transactions_are_prepared;
     the_disk_is_full, within 30 s, "a settle that cannot be written goes again": disk::is_full;
 
     behind_a_transaction_pooler, within 60 s, "no claim needs a session": |run: &mut Run| pooler::everything(run, Mode::Transaction);
@@ -282,6 +284,7 @@ impl Run {
             events: usize::MAX,
             pause: Duration::from_millis(self.pick(20, 40)) * self.sending.pauses(),
             seed: Some(self.seed),
+            lingering: stage.lingering.clone(),
             ..self.sending.workload()
         };
         let (stop, dsn) = (AtomicBool::new(false), stage.db.dsn.clone());
@@ -382,6 +385,8 @@ pub struct Stage {
     pub window: Duration,
     /// What part of `last_error` shows that NATS had cause to refuse events; `None` if it never had.
     pub cause: Option<&'static str>,
+    /// Transactions of the writers that stay open.
+    pub lingering: Option<Lingering>,
     /// Duplicates that the judge admitted.
     pub admitted: usize,
     /// What the stream stored before it was emptied.
@@ -406,6 +411,7 @@ impl Stage {
             instances: Vec::new(),
             window: WINDOW,
             cause: None,
+            lingering: None,
             admitted: 0,
             lives: Vec::new(),
         }

@@ -6,6 +6,7 @@ use pg_outbox::lab::sandbox::{PostgresOptions, PostgresServer, Stop};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::super::harness::database::{start_postgres, start_postgres_with};
+use super::super::harness::workload::Lingering;
 use super::super::harness::{TestDb, database, wait_until};
 use super::{Run, Stage};
 
@@ -108,6 +109,7 @@ pub fn a_replica_takes_over(run: &mut Run) {
     let (first, second) = (format!("127.0.0.1:{}", primary.port()), format!("127.0.0.1:{}", replica.port()));
     db.dsn = db.dsn.replace(&first, &format!("{first},{second}")) + "?target_session_attrs=read-write";
     let mut stage = Stage::new(db, run.stream());
+    stage.lingering = Some(Lingering { percent: 5, ms: run.pick(100..=1_000, 500..=5_000), prepared: false });
     stage.start();
     run.under_load(&mut stage, |run, stage| {
         primary.kill().unwrap();
@@ -117,6 +119,47 @@ pub fn a_replica_takes_over(run: &mut Run) {
             stage.instances[0].get("/ready").0 == 503
         });
         replica.promote().unwrap();
+    });
+}
+
+/// Some of the writers' transactions stay open while instances lose their connections, are killed and started.
+pub fn writers_stay_open(run: &mut Run) {
+    let mut stage = Stage::new(database(), run.stream());
+    stage.lingering =
+        Some(Lingering { percent: 10, ms: run.pick(200..=1_500, 500..=15_000), prepared: false });
+    stage.start();
+    stage.start();
+    run.under_load(&mut stage, |run, stage| {
+        for _ in 0..run.pick(3, 20) {
+            stage.db.execute(&format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}"));
+            run.pause(200..=1_500);
+            stage.instances.remove(0);
+            stage.start();
+            run.pause(200..=1_500);
+        }
+    });
+}
+
+/// Some of the writers' transactions are prepared, and stay so while the server crashes and recovers. (The trigger may not
+/// notify in them.)
+pub fn transactions_are_prepared(run: &mut Run) {
+    let settings = vec!["max_prepared_transactions=20".to_owned()];
+    let mut postgres = start_postgres_with(PostgresOptions { settings, ..PostgresOptions::default() });
+    let db = TestDb::on(&postgres);
+    db.execute("ALTER TABLE outboxes DISABLE TRIGGER outboxes_notify");
+    let mut stage = Stage::new(db, run.stream());
+    stage.config = stage.config.clone().set("database.listen", false);
+    stage.lingering =
+        Some(Lingering { percent: 20, ms: run.pick(200..=1_500, 500..=15_000), prepared: true });
+    stage.start();
+    run.under_load(&mut stage, |run, stage| {
+        for _ in 0..run.pick(2, 6) {
+            postgres.stop(Stop::Immediate).unwrap();
+            run.pause(run.pick(200..=1_500, 1_000..=10_000));
+            postgres.start_again().unwrap();
+            run.pause(300..=1_500);
+            run.wait_work(stage, "the service is at work again");
+        }
     });
 }
 

@@ -1,5 +1,6 @@
 //! The workload: writers that insert events in concurrent transactions, and remember what they committed.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -33,6 +34,19 @@ pub struct Workload {
     pub pause: Duration,
     /// Where the writers' random numbers begin; `None` for somewhere.
     pub seed: Option<u64>,
+    /// Transactions that stay open for a while after their last insert.
+    pub lingering: Option<Lingering>,
+}
+
+/// Transactions that stay open.
+#[derive(Debug, Clone)]
+pub struct Lingering {
+    /// Of a hundred transactions, how many do.
+    pub percent: u8,
+    /// For how long, in milliseconds.
+    pub ms: RangeInclusive<u64>,
+    /// They are prepared meanwhile, for a two-phase commit.
+    pub prepared: bool,
 }
 
 impl Default for Workload {
@@ -46,6 +60,7 @@ impl Default for Workload {
             topic: "order.placed".to_owned(),
             pause: Duration::ZERO,
             seed: None,
+            lingering: None,
         }
     }
 }
@@ -140,7 +155,7 @@ impl Writer<'_> {
                 })
                 .collect();
             let attempt = self.attempt(client, &events, rollback);
-            let written = match attempt.or_else(|written| self.look_up(client, written)) {
+            let written = match attempt.or_else(|written| self.look_up(client, written, rollback)) {
                 Ok(written) => written,
                 Err(gone) => {
                     history.rolled_back.extend(gone.into_iter().map(|event| event.id));
@@ -187,7 +202,7 @@ impl Writer<'_> {
                 let (seq, transaction) = (row.get(0), row.get(1));
                 written.push(Committed { id, seq, transaction, key: key.clone(), n: *n });
             }
-            client.batch_execute(if rollback { "ROLLBACK" } else { "COMMIT" })
+            self.end(client, &written[0].id, rollback)
         };
         match end(client, &mut written) {
             Ok(()) => Ok(written),
@@ -196,12 +211,42 @@ impl Writer<'_> {
         }
     }
 
+    /// Ends a transaction; `name` is its own where it is prepared.
+    fn end(self, client: &mut Client, name: &str, rollback: bool) -> Result<(), postgres::Error> {
+        let lingers = |lingering: &&Lingering| fastrand::u8(0..100) < lingering.percent;
+        let lingering = self.workload.lingering.as_ref().filter(lingers);
+        let prepared = lingering.is_some_and(|lingering| lingering.prepared);
+        if prepared {
+            client.batch_execute(&format!("PREPARE TRANSACTION '{name}'"))?;
+        }
+        if let Some(lingering) = lingering {
+            std::thread::sleep(Duration::from_millis(fastrand::u64(lingering.ms.clone())));
+        }
+        if prepared {
+            end_prepared(client, name, rollback)
+        } else {
+            client.batch_execute(if rollback { "ROLLBACK" } else { "COMMIT" })
+        }
+    }
+
     /// After a failure, over a new connection: `Ok` with what the transaction wrote if it has committed; `Err` with
-    /// it if it is gone and must be tried again.
-    fn look_up(self, client: &mut Client, written: Vec<Committed>) -> Result<Vec<Committed>, Vec<Committed>> {
+    /// it if it is gone and must be tried again. One that is still prepared is ended as it should.
+    fn look_up(
+        self,
+        client: &mut Client,
+        written: Vec<Committed>,
+        rollback: bool,
+    ) -> Result<Vec<Committed>, Vec<Committed>> {
         loop {
             let mut owner = connect(self.dsn);
             *client = connect(self.writer);
+            let name = written.first().map(|event| event.id.as_str()).unwrap_or_default();
+            if let Ok(Some(_)) = owner.query_opt("SELECT FROM pg_prepared_xacts WHERE gid = $1", &[&name])
+                && let Err(error) = end_prepared(&mut owner, name, rollback)
+            {
+                assert!(passes(&owner, &error), "writer: {error:?}");
+                continue;
+            }
             let ids: Vec<&str> = written.iter().map(|event| event.id.as_str()).collect();
             let query = "SELECT count(*) FROM outboxes WHERE id::text = ANY ($1)";
             match owner.query_one(query, &[&ids]) {
@@ -215,6 +260,10 @@ impl Writer<'_> {
             }
         }
     }
+}
+
+fn end_prepared(client: &mut Client, name: &str, rollback: bool) -> Result<(), postgres::Error> {
+    client.batch_execute(&format!("{} PREPARED '{name}'", if rollback { "ROLLBACK" } else { "COMMIT" }))
 }
 
 /// True for what an application tries again: the server went away (class 57P0x: it is shutting down, crashed, or
