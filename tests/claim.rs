@@ -499,6 +499,29 @@ fn a_claim_reads_on_where_its_read_has_ended() {
     assert!(claimable(&store).is_empty());
 }
 
+/// The first read has learnt nothing of its size: it is over its share of the claim's bytes when the claim reads on.
+#[test]
+fn what_is_cut_while_a_claim_reads_on_comes_first_in_the_next_one() {
+    let db = database();
+    let store = store_with(&db, |settings| settings.max_claim_bytes = 1 << 20);
+    for n in 1..=100 {
+        let filler: String =
+            (0..if n == 15 { 500_000 } else { 100 }).map(|_| fastrand::alphanumeric()).collect();
+        db.event("order.placed", "k", &serde_json::json!({ "filler": filler }).to_string());
+    }
+    let mut claim = claim_by(&store, &marks(&store), 64);
+    let mut events = claim.take_events();
+    assert_eq!(seqs(&events), [1], "of a lane, its share");
+    let next = claim.read_on().unwrap().unwrap();
+    assert_eq!(seqs(&next), (2..=14).collect::<Vec<i64>>());
+    events.extend(next);
+    let ends = claim.ends([]);
+    let lane = ends.iter().find(|end| end.lane == events[0].lane).unwrap();
+    assert_eq!((lane.reached, lane.more), (Some(14), true));
+    assert_eq!(settle(claim, events.iter().map(|event| (event, &Outcome::Published))).unwrap().published, 14);
+    assert_eq!(claimable(&store), [15, 16], "as many as may be as large");
+}
+
 #[test]
 fn a_claim_does_not_read_on_where_order_could_be_lost() {
     let db = database();

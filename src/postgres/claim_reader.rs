@@ -177,13 +177,18 @@ impl Reader {
         for lane in &mut self.lanes {
             lane.from = lane.end;
         }
+        // What was large is behind.
+        self.events = self.limits.events.max(1);
         let asked = self.to_ask();
-        let events = if self.lanes.is_empty() {
-            None
-        } else {
+        let mut events = None;
+        while !self.lanes.is_empty() {
             let (rows, over) = self.query(transaction, Large::Refused, &asked)?;
-            if over.is_empty() { Some(self.take_in(rows)) } else { None }
-        };
+            if over.is_empty() && self.takes_fewer(&rows) {
+                continue;
+            }
+            events = over.is_empty().then(|| self.take_in(rows));
+            break;
+        }
         let events = if self.held { None } else { events };
         if events.is_none() {
             for (lane, end) in self.lanes.iter_mut().zip(before) {
@@ -224,11 +229,13 @@ impl Reader {
         Ok(events)
     }
 
-    /// An event was left where it is, as it takes more than its share of the claim's bytes: the claim reads again, fewer events
-    /// that may be as large. False where it reads as few as it may.
+    /// The first event of a lane was left where it is, as it takes more than its share of the claim's bytes: the claim reads again,
+    /// fewer events that may be as large. False where it reads as few as it may.
     fn takes_fewer(&mut self, rows: &[ReadRow]) -> bool {
         let fewest = i32::try_from(self.lanes.len()).unwrap_or(i32::MAX).max(1);
-        let largest = rows.iter().filter(|row| row.over_share).map(|row| row.stored).max();
+        let first_of_lane =
+            rows.chunk_by(|row, next| row.lane == next.lane).filter_map(|of_lane| of_lane.first());
+        let largest = first_of_lane.filter(|row| row.over_share).map(|row| row.stored).max();
         let Some(largest) = largest.filter(|_| self.events > fewest) else { return false };
         let events = self.shared.settings.max_claim_bytes / largest.max(1);
         self.events = i32::try_from(events).unwrap_or(i32::MAX).clamp(fewest, self.events - 1);
@@ -308,7 +315,8 @@ impl Reader {
                 match row.found {
                     Found::Nothing => {}
                     Found::Event(event) => {
-                        end = (count >= share).then_some(event.seq).or(end);
+                        // What was cut before stays cut, though what follows it had room.
+                        end = end.or((count >= share).then_some(event.seq));
                         if end.is_none_or(|end| end >= event.seq) {
                             keys.insert(event.key_hash);
                             events.push(*event);
