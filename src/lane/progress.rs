@@ -21,12 +21,13 @@ pub struct Reached {
     /// Every writer whose events were visible before then, and which had ended, is taken into account. `None` before the first sample.
     pub sampled_at: Option<Instant>,
     left_out: ByLane<Arc<LeftOut>>,
+    sweeps: ByLane<i32>,
 }
 
 impl Default for Reached {
     fn default() -> Reached {
         let left_out = std::array::from_fn(|_| Arc::default());
-        Reached { marks: by_lane(BEGINNING), sampled_at: None, left_out }
+        Reached { marks: by_lane(BEGINNING), sampled_at: None, left_out, sweeps: by_lane(-1) }
     }
 }
 
@@ -34,6 +35,12 @@ impl Reached {
     /// The lane's mark.
     pub fn mark(&self, lane: i32) -> i64 {
         usize::try_from(lane).ok().and_then(|lane| self.marks.get(lane)).copied().unwrap_or(BEGINNING)
+    }
+
+    /// How often the sweep had found something in the lane when it was claimed last, for which the mark counts; -1 before the first
+    /// claim.
+    pub fn sweeps(&self, lane: i32) -> i32 {
+        usize::try_from(lane).ok().and_then(|lane| self.sweeps.get(lane)).copied().unwrap_or(-1)
     }
 
     /// By lane, where counting what waits begins: below the mark as well, where events were left out.
@@ -53,9 +60,10 @@ impl LaneProgress {
     pub fn set(&self, marks: &Marks, sampled_at: Option<Instant>) {
         let mut reached = self.lock();
         reached.sampled_at = sampled_at;
-        let Reached { marks: at, left_out, .. } = &mut *reached;
-        for ((lane, at), left_out) in (0..LANES).zip(at).zip(left_out) {
+        let Reached { marks: at, left_out, sweeps, .. } = &mut *reached;
+        for (((lane, at), left_out), sweeps) in (0..LANES).zip(at).zip(left_out).zip(sweeps) {
             *at = marks.look_from(lane);
+            *sweeps = marks.look_start(lane).1;
             left_out.clone_from(&marks.start(lane).left_out);
         }
     }
@@ -101,6 +109,7 @@ mod tests {
         progress.set(&marks, Some(now));
         let reached = progress.reached();
         assert_eq!((reached.mark(LANE), reached.mark(8), reached.mark(64)), (60, BEGINNING, BEGINNING));
+        assert_eq!((reached.sweeps(LANE), reached.sweeps(8), reached.sweeps(64)), (0, -1, -1));
         assert_eq!(reached.counts_from()[LANE as usize], 39, "what was left out waits as well");
         assert!(reached.leaves_out(LANE, 99) && !reached.leaves_out(LANE, 98) && !reached.leaves_out(8, 99));
         assert_eq!(reached.sampled_at, Some(now));

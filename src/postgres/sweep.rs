@@ -25,7 +25,7 @@ const LOCK_NOT_AVAILABLE: &str = "55P03";
 const SWEEP_TURN: Query = query!("sweep_turn");
 const SWEEP_PARTITIONS: Query = query!("sweep_partitions");
 const SWEEP_PARTITION: Query = query!("sweep_partition", TEXT, INT8, INT4, INT8_ARRAY, BOOL, BOOL);
-const SWEEP_LANE: Query = query!("sweep_lane", INT4, INT8_ARRAY, INT8, BOOL, BOOL);
+const SWEEP_LANE: Query = query!("sweep_lane", INT4, INT8_ARRAY, INT8, BOOL, BOOL, INT4);
 const LOCK_LANE: Query = query!("lock_lane", INT4);
 const WAKE_DISPATCHERS: Query = query!("wake_dispatchers");
 
@@ -169,11 +169,12 @@ impl SweepSession {
     }
 
     /// Sets the mark of a lane back before the first of the events `seqs` that is still fresh although a mark has passed it, and
-    /// wakes all dispatchers. `mark` is where this instance's reads of the lane begin. Outside the turn.
+    /// wakes all dispatchers. `mark` is where this instance's reads of the lane begin, and the count of `sweeps` for which they
+    /// do. Outside the turn.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses: nothing was changed (a lost COMMIT may have happened all the same).
-    pub fn set_back(&mut self, lane: i32, seqs: &[i64], mark: i64) -> Result<SetBack, StoreError> {
+    pub fn set_back(&mut self, lane: i32, seqs: &[i64], mark: (i64, i32)) -> Result<SetBack, StoreError> {
         self.begin()?;
         match self.query(&LOCK_LANE, &[&lane]) {
             Err(error) if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) => {
@@ -182,7 +183,7 @@ impl SweepSession {
             locked => locked?,
         };
         let (retries_hold, dead_hold) = (self.retries_hold, self.dead_hold);
-        let rows = self.query(&SWEEP_LANE, &[&lane, &seqs, &mark, &retries_hold, &dead_hold])?;
+        let rows = self.query(&SWEEP_LANE, &[&lane, &seqs, &mark.0, &retries_hold, &dead_hold, &mark.1])?;
         let done =
             read_all(&rows, |row| Ok(SetBack::Done { events: row.try_get(0)?, first: row.try_get(1)? }))?;
         if !done.is_empty() {

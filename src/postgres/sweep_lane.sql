@@ -6,7 +6,8 @@
 -- event that an earlier one of its key holds waits, and is left as it is.
 --
 -- $1 int: the lane. $2 bigint[]: seqs. $3 bigint: where this instance's reads of the lane begin. $4 bool: events wait for earlier
--- retries of their key. $5 bool: events wait for earlier dead letters of their key.
+-- retries of their key. $5 bool: events wait for earlier dead letters of their key. $6 int: the count of sweeps for which $3
+-- holds. With another one this instance begins at the shared mark: what somebody else has just found is no find of ours.
 UPDATE outbox_lanes AS l
    SET settled_to = least(l.settled_to, greatest(found.first, -9223372036854775807) - 1),
        sweeps = l.sweeps + 1
@@ -16,8 +17,9 @@ UPDATE outbox_lanes AS l
          CROSS JOIN outboxes AS o
          WHERE m.lane = $1::int AND outbox_lane(o.topic, o.metadata) = $1::int AND o.seq = ANY ($2::bigint[])
            AND o.published_at IS NULL AND o.dead_at IS NULL AND o.next_attempt_at IS NULL
-           AND o.seq <= greatest($3::bigint, CASE WHEN m.sequence_file = s.file AND m.settled_to <= s.last_value
-                                                  THEN m.settled_to END)
+           AND o.seq <= greatest(CASE WHEN m.sweeps = $6::int THEN $3::bigint END,
+                                 CASE WHEN m.sequence_file = s.file AND m.settled_to <= s.last_value
+                                      THEN m.settled_to END)
            AND NOT ($4::bool AND EXISTS (
                SELECT FROM outboxes AS r
                 WHERE outbox_key_hash(r.topic, r.metadata) = outbox_key_hash(o.topic, o.metadata) AND r.seq < o.seq
