@@ -98,8 +98,8 @@ fn a_lock_that_is_not_kept_to_the_end_of_the_transaction_would_not_do() {
     writer.batch_execute("INSERT INTO outboxes (topic, payload) VALUES ('order.placed', '{}')").unwrap();
     let daemon = Daemon::start(&config(&db, &stream));
     wait_asleep(&db, &daemon);
-    // It has looked once more by the time that nobody has a claim open and the log is quiet.
-    thread::sleep(Duration::from_millis(500));
+    // It looks once more, and when a sample of the writers has come, perhaps again.
+    thread::sleep(Duration::from_secs(3));
     writer.commit().unwrap();
     thread::sleep(SOON);
     assert_eq!(db.pending(), 1, "this event was expected to be forgotten until the poll");
