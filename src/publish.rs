@@ -30,4 +30,4 @@ pub use self::flight::{Protocol, Publish};
 pub use self::memory::Memory;
 pub use self::outcomes::ClaimReport;
 pub use self::verdict::NO_ACK;
-pub use self::worker::{DrainCount, Finished, Job, ReadSummary, Stage, Worker};
+pub use self::worker::{DrainCount, Finished, Job, READ_ON_EVENTS, ReadSummary, Stage, Worker};

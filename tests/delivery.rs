@@ -66,8 +66,7 @@ fn an_event_arrives_with_its_headers_and_its_payload_untouched() {
 fn two_instances_deliver_every_event_once_and_in_order_per_key() {
     let (db, stream) = (database(), stream());
     let config = Config::new(&db, &stream);
-    let first = Daemon::start(&config.clone().set("dispatcher.instance_id", "first"));
-    let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
+    let [first, second] = Daemon::start_two(&config);
     let history = writers(&db.dsn, &Workload::default());
     assert_eq!(history.committed.len(), 5_000);
     assert!(!history.rolled_back.is_empty(), "the workload must roll some events back");

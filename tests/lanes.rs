@@ -86,8 +86,7 @@ fn lanes_that_cannot_be_mended_are_a_reason_not_to_be_ready() {
 fn lanes_emptied_under_load_lose_nothing_and_no_order() {
     let (db, stream) = (database(), stream());
     let config = config(&db, &stream);
-    let first = Daemon::start(&config.clone().set("dispatcher.instance_id", "first"));
-    let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
+    let [first, second] = Daemon::start_two(&config);
     for daemon in [&first, &second] {
         daemon.wait_ready();
     }

@@ -46,8 +46,7 @@ fn two_instances_deliver_through_a_transaction_pooler_and_prepare_nothing() {
     let (db, stream) = (TestDb::on(&postgres), stream());
     let dsn = format!("{}?target_session_attrs=primary", pooler.dsn(&db));
     let config = config(&db, &stream, &pooler).set("database.dsn", dsn);
-    let first = Daemon::start(&config.clone().set("dispatcher.instance_id", "first"));
-    let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
+    let [first, second] = Daemon::start_two(&config);
     let history = writers(
         &format!("{}?application_name=writer", pooler.owner_dsn(&db)),
         &Workload { events: 3_000, ..Workload::default() },

@@ -175,8 +175,7 @@ fn the_documented_way_by_hand_needs_no_sweep() {
 fn two_instances_begin_once_where_one_of_them_found_something() {
     let (db, stream) = (database(), stream());
     let config = config(&db, &stream);
-    let first = Daemon::start(&config.clone().set("dispatcher.instance_id", "first"));
-    let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
+    let [first, second] = Daemon::start_two(&config);
     for daemon in [&first, &second] {
         daemon.wait_ready();
     }
@@ -285,8 +284,7 @@ fn an_event_set_back_behind_a_retry_waits_for_it() {
 fn nothing_is_found_under_load_where_nothing_was_passed() {
     let (db, stream) = (database(), stream());
     let config = config(&db, &stream);
-    let first = Daemon::start(&config.clone().set("dispatcher.instance_id", "first"));
-    let second = Daemon::start(&config.set("dispatcher.instance_id", "second"));
+    let [first, second] = Daemon::start_two(&config);
     for daemon in [&first, &second] {
         daemon.wait_ready();
     }

@@ -8,12 +8,15 @@
 //!
 //! Plain data and one decision; the claimer's thread alone has it.
 
+use crate::lane::ENOUGH_KEYS;
+use crate::publish::READ_ON_EVENTS;
+
 /// Events that are worth a claim of their own: 50 of them cost as much as the claim itself.
 const WORTH_A_CLAIM: f64 = 250.0;
 /// Events that are plenty for a claim, which reads on until it has so many.
-const PLENTY: f64 = 1_000.0;
-/// Keys of which a claim should have events, as one of each is in flight at a time.
-const KEYS: f64 = 40.0;
+const PLENTY: f64 = READ_ON_EVENTS as f64;
+/// Keys that are enough for a claim.
+const KEYS: f64 = ENOUGH_KEYS as f64;
 
 /// What the lanes that are ready have, as far as the last claims tell.
 pub(super) struct Share {

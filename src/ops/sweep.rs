@@ -199,7 +199,7 @@ impl Sweeper {
         };
         for (lane, seqs) in by_lane(passed, &reached) {
             self.heartbeat.beat();
-            match session.set_back(lane, &seqs, (reached.mark(lane), reached.sweeps(lane)))? {
+            match session.set_back(lane, &seqs, reached.mark(lane), reached.sweeps(lane))? {
                 SetBack::Done { events, first } => {
                     self.metrics.sweep_found(events.unsigned_abs());
                     log::warn!(

@@ -19,13 +19,12 @@ use super::query::Query;
 use super::transaction::Transaction;
 use super::{StoreError, StoreInner, read_all, usize_of};
 use crate::event::Event;
+use crate::lane::ENOUGH_KEYS;
 use crate::lane::marks::{BEGINNING, Basis, LaneRow, LeftOut, Start};
 use crate::lane::writers::ServerLife;
 
 /// Entries of a lane's index that one read walks over at most: some 25 ms where all of them are published.
 const WALK_ENTRIES: i64 = 10_000;
-/// Keys that are enough to read on: one event of each is in flight at a time.
-const READ_ON_KEYS: usize = 40;
 /// Events in retry of a lane that one read looks at, at most.
 const RETRY_ENTRIES: i64 = 10_000;
 
@@ -181,15 +180,10 @@ impl Reader {
         self.events = self.limits.events.max(1);
         let asked = self.to_ask();
         let mut events = None;
-        while !self.lanes.is_empty() {
-            let (rows, over) = self.query(transaction, Large::Refused, &asked)?;
-            if over.is_empty() && self.takes_fewer(&rows) {
-                continue;
-            }
-            events = over.is_empty().then(|| self.take_in(rows));
-            break;
+        if !self.lanes.is_empty() {
+            let (rows, over) = self.query_what_fits(transaction, Large::Refused, &asked)?;
+            events = (over.is_empty() && !self.held).then(|| self.take_in(rows));
         }
-        let events = if self.held { None } else { events };
         if events.is_none() {
             for (lane, end) in self.lanes.iter_mut().zip(before) {
                 (lane.end, lane.more) = (end, true);
@@ -209,11 +203,8 @@ impl Reader {
         let mut events = loop {
             let mut asked = self.to_ask();
             asked.retain(|xid| !over_before.contains(xid));
-            let (rows, over) = self.query(transaction, large, &asked)?;
+            let (rows, over) = self.query_what_fits(transaction, large, &asked)?;
             if over.is_empty() {
-                if self.takes_fewer(&rows) {
-                    continue;
-                }
                 break self.take_in(rows);
             }
             for lane in &mut self.lanes {
@@ -227,6 +218,21 @@ impl Reader {
         // Within a lane the retries came last; a key's events go out in seq order.
         events.sort_by_key(|event| (event.lane, event.seq));
         Ok(events)
+    }
+
+    /// Asks for the lanes' events until a first event that is large has come along, or as few were asked for as may be.
+    fn query_what_fits(
+        &mut self,
+        transaction: &mut Transaction,
+        large: Large,
+        asked: &[u64],
+    ) -> Result<(Vec<ReadRow>, Vec<u64>), StoreError> {
+        loop {
+            let (rows, over) = self.query(transaction, large, asked)?;
+            if !over.is_empty() || !self.takes_fewer(&rows) {
+                return Ok((rows, over));
+            }
+        }
     }
 
     /// The first event of a lane was left where it is, as it takes more than its share of the claim's bytes: the claim reads again,
@@ -413,7 +419,7 @@ fn few_of(mut lanes: Vec<ClaimLane>) -> (Vec<ClaimLane>, Vec<ClaimLane>) {
     let goes_on = |lane: &&ClaimLane| {
         let before = keys;
         keys += lane.keys;
-        before < READ_ON_KEYS
+        before < ENOUGH_KEYS
     };
     let few = lanes.iter().take_while(goes_on).count();
     let rest = lanes.split_off(few);

@@ -169,12 +169,18 @@ impl SweepSession {
     }
 
     /// Sets the mark of a lane back before the first of the events `seqs` that is still fresh although a mark has passed it, and
-    /// wakes all dispatchers. `mark` is where this instance's reads of the lane begin, and the count of `sweeps` for which they
-    /// do. Outside the turn.
+    /// wakes all dispatchers. `mark` is where this instance's reads of the lane begin, as long as the lane's count of
+    /// sweeps is `sweeps`. Outside the turn.
     ///
     /// # Errors
     /// PostgreSQL is out of reach or refuses: nothing was changed (a lost COMMIT may have happened all the same).
-    pub fn set_back(&mut self, lane: i32, seqs: &[i64], mark: (i64, i32)) -> Result<SetBack, StoreError> {
+    pub fn set_back(
+        &mut self,
+        lane: i32,
+        seqs: &[i64],
+        mark: i64,
+        sweeps: i32,
+    ) -> Result<SetBack, StoreError> {
         self.begin()?;
         match self.query(&LOCK_LANE, &[&lane]) {
             Err(error) if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) => {
@@ -183,7 +189,7 @@ impl SweepSession {
             locked => locked?,
         };
         let (retries_hold, dead_hold) = (self.retries_hold, self.dead_hold);
-        let rows = self.query(&SWEEP_LANE, &[&lane, &seqs, &mark.0, &retries_hold, &dead_hold, &mark.1])?;
+        let rows = self.query(&SWEEP_LANE, &[&lane, &seqs, &mark, &retries_hold, &dead_hold, &sweeps])?;
         let done =
             read_all(&rows, |row| Ok(SetBack::Done { events: row.try_get(0)?, first: row.try_get(1)? }))?;
         if !done.is_empty() {

@@ -28,7 +28,7 @@ use crate::publish::outcomes::ClaimReport;
 
 /// Events after which a claim reads no further: each claim costs PostgreSQL and us some 2 ms whatever it holds, which such a
 /// claim shares among many, and other instances wait for its lanes.
-const READ_ON_EVENTS: usize = 1_000;
+pub const READ_ON_EVENTS: usize = 1_000;
 
 /// A claim on its way from the claimer to a worker.
 pub struct Job {

@@ -167,6 +167,11 @@ impl Daemon {
         daemon
     }
 
+    /// Two instances with this config, `first` and `second` by name, that listen.
+    pub fn start_two(config: &Config) -> [Daemon; 2] {
+        ["first", "second"].map(|name| Daemon::start(&config.clone().set("dispatcher.instance_id", name)))
+    }
+
     /// Runs the program with this text as its config file, after `adjust` had its way with the command; waits for nothing.
     pub fn spawn(yaml: &str, adjust: impl FnOnce(&mut Command)) -> Daemon {
         let folder = tempfile::Builder::new().prefix("pg-outbox-daemon-").tempdir().unwrap();
