@@ -49,9 +49,9 @@ impl Share {
     pub(super) fn lanes(&self, ready: usize, idle_workers: usize, batch: i32) -> usize {
         let batch = f64::from(batch);
         let alike = ready.div_ceil(idle_workers.max(1));
-        let plenty = (batch.max(PLENTY) / self.events).floor().max((KEYS / self.keys).ceil()) as usize;
+        let plenty = (batch.max(PLENTY) / self.events).floor().max((KEYS / self.keys).ceil());
         let worthwhile = (WORTH_A_CLAIM.min(batch) / self.events).ceil() as usize;
-        alike.min(plenty.max(1)).max(worthwhile).min(ready)
+        alike.min(plenty as usize).max(worthwhile).min(ready)
     }
 }
 

@@ -4,6 +4,9 @@
 //! or at the lane's end (`lane/marks.rs`). What holds events back is asked after the lock and within it, so that it cannot change
 //! meanwhile: the read says whether anything in these lanes may, and only then are due retries read, and keys looked up. Where
 //! a writer that was asked for is over at the read's snapshot, the read is made again from below its events.
+//!
+//! A read gives each event an equal share of the claim's bytes. Where the first event of a lane takes more, the read is made
+//! again, for fewer events. A claim that came back full reads on, in a few of its lanes, where that loses no order.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
